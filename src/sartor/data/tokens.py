@@ -1,0 +1,112 @@
+"""Tokenised examples: an Arrow file on disk, a `TokenSet` in hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    [
+        pa.field("input_ids", pa.large_list(pa.int32())),
+        pa.field("trained", pa.large_list(pa.bool_())),
+        pa.field("source", pa.string()),
+        pa.field("truncated", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One example. `trained[i]` says that token i counts in the loss (as a target). `source` is `file:record`."""
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    source: str
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class TokenSet:
+    """A sequence of samples with their lengths at hand."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.combine_chunks()
+        ids = self._table["input_ids"].combine_chunks()
+        trained = self._table["trained"].combine_chunks()
+        offsets = ids.offsets.to_numpy()
+        self._first = offsets[:-1]
+        self._ids = ids.values
+        self._trained = trained.values
+        self.lengths: np.ndarray = np.diff(offsets)
+        """Tokens of each sample, int, (samples,)."""
+        # The first token of a sample is never a target: nothing predicts it.
+        flags = self._trained.to_numpy(zero_copy_only=False).astype(np.int64)
+        flags[self._first[self.lengths > 0]] = 0
+        sums = np.concatenate([[0], np.cumsum(flags)])
+        self.trained_counts: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]
+        """Tokens of each sample that count in the loss, int, (samples,)."""
+        self.truncated: np.ndarray = self._table["truncated"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        first, length = int(self._first[index]), int(self.lengths[index])
+        return Sample(
+            input_ids=self._ids.slice(first, length).to_numpy(),
+            trained=self._trained.slice(first, length).to_numpy(zero_copy_only=False),
+            source=self.source(index),
+            truncated=bool(self.truncated[index]),
+        )
+
+    def source(self, index: int) -> str:
+        """Where the sample comes from: `file:record`."""
+        return str(self._table["source"][index])
+
+    def take(self, indices: Iterable[int]) -> TokenSet:
+        """The samples with these indices, in this order."""
+        return TokenSet(self._table.take(pa.array(list(indices), type=pa.int64())))
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[Sample]) -> TokenSet:
+        """A set in memory."""
+        return cls(pa.Table.from_batches([_record_batch(list(samples))], schema=SCHEMA))
+
+    @classmethod
+    def open(cls, path: Path) -> TokenSet:
+        """Map a file that `write` made."""
+        with pa.memory_map(str(path)) as source:
+            return cls(pa.ipc.open_file(source).read_all())
+
+
+def write(path: Path, chunks: Iterable[list[Sample]]) -> None:
+    """Write samples chunk by chunk, atomically: the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for chunk in chunks:
+                writer.write_batch(_record_batch(chunk))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _record_batch(samples: list[Sample]) -> pa.RecordBatch:
+    offsets = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64)
+    ids = np.concatenate([sample.input_ids for sample in samples] or [np.empty(0)]).astype(np.int32)
+    trained = np.concatenate([sample.trained for sample in samples] or [np.empty(0)]).astype(bool)
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+        pa.LargeListArray.from_arrays(offsets, pa.array(trained, pa.bool_())),
+        pa.array([sample.source for sample in samples], pa.string()),
+        pa.array([sample.truncated for sample in samples], pa.bool_()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
