@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA = pa.schema(
     [
@@ -18,6 +20,9 @@ SCHEMA = pa.schema(
         pa.field("truncated", pa.bool_()),
     ]
 )
+
+# Samples a record batch: Python objects are few at any time, Arrow holds the rest.
+_CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,11 @@ class TokenSet:
             truncated=bool(self.truncated[index]),
         )
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in the set; -1 in an empty one."""
+        return -1 if not len(self._ids) else int(pc.max(self._ids).as_py())
+
     def source(self, index: int) -> str:
         """Where the sample comes from: `file:record`."""
         return str(self._table["source"][index])
@@ -77,29 +87,29 @@ class TokenSet:
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> TokenSet:
         """A set in memory."""
-        return cls(pa.Table.from_batches([_record_batch(list(samples))], schema=SCHEMA))
+        samples = iter(samples)
+        chunks = iter(lambda: list(islice(samples, _CHUNK)), [])
+        return cls(pa.Table.from_batches([_record_batch(chunk) for chunk in chunks], schema=SCHEMA))
 
     @classmethod
     def open(cls, path: Path) -> TokenSet:
-        """Map a file that `write` made."""
+        """Map a file that `save` made. Raises OSError or pyarrow.ArrowException where it is damaged."""
         with pa.memory_map(str(path)) as source:
             return cls(pa.ipc.open_file(source).read_all())
 
-
-def write(path: Path, chunks: Iterable[list[Sample]]) -> None:
-    """Write samples chunk by chunk, atomically: the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for chunk in chunks:
-                writer.write_batch(_record_batch(chunk))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    def save(self, path: Path) -> None:
+        """Write atomically: the file appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+                writer.write_table(self._table)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def _record_batch(samples: list[Sample]) -> pa.RecordBatch:
+def _record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64)
     ids = np.concatenate([sample.input_ids for sample in samples] or [np.empty(0)]).astype(np.int32)
     trained = np.concatenate([sample.trained for sample in samples] or [np.empty(0)]).astype(bool)
