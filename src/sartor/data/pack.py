@@ -1,0 +1,99 @@
+"""Rows and micro-batches: examples side by side in a row (packed) or one a row (padded), and the tensors of both.
+
+Shapes: R rows, T positions, K positions with a target.
+
+A step's loss is a sum over its trained tokens divided by their number, so neither packing, nor the order of rows, nor
+micro-batches change it: they only decide how fast it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sartor.data.tokens import TokenSet
+
+IGNORE = -100
+"""Target of a position that does not count in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. `targets[r, t]` is the token that position t should predict, or IGNORE."""
+
+    input_ids_RT: np.ndarray
+    targets_RT: np.ndarray
+    position_ids_RT: np.ndarray | None
+    """Positions that start again with every example; None where a row holds one example from its start."""
+    kept_K: np.ndarray
+    """Columns that hold a target in some row: the head is computed for these only."""
+    trained_tokens: int
+    tokens: int
+    """Real tokens, padding not counted."""
+    examples: tuple[int, ...]
+    """Indices of the examples in their TokenSet."""
+
+
+def fill_rows(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, *, capacity: int, packing: bool) -> list[list[int]]:
+    """Distribute examples over rows: first fit decreasing when packing, else one a row; longest rows first."""
+    by_length = sorted((int(index) for index in indices), key=lambda index: (-int(lengths[index]), index))
+    if not packing:
+        return [[index] for index in by_length]
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in by_length:
+        length = int(lengths[index])
+        place = next((row for row, free in enumerate(room) if free >= length), None)
+        if place is None:
+            rows.append([])
+            room.append(max(capacity, length))
+            place = len(rows) - 1
+        rows[place].append(index)
+        room[place] -= length
+    return [row for _, row in sorted(zip(room, rows, strict=True), key=lambda pair: pair[0])]
+
+
+def micro_batches(rows: list[list[int]], micro_batch: int) -> list[list[list[int]]]:
+    """Groups of at most `micro_batch` rows."""
+    return [rows[first : first + micro_batch] for first in range(0, len(rows), micro_batch)]
+
+
+def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: bool) -> Batch:
+    """The arrays of one micro-batch, padded on the right to its longest row."""
+    width = max(sum(int(samples.lengths[index]) for index in row) for row in rows)
+    input_ids_RT = np.full((len(rows), width), pad_id, dtype=np.int64)
+    targets_RT = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    position_ids_RT = np.zeros((len(rows), width), dtype=np.int64)
+    tokens = 0
+    for r, row in enumerate(rows):
+        t = 0
+        for index in row:
+            sample = samples[index]
+            end = t + len(sample)
+            input_ids_RT[r, t:end] = sample.input_ids
+            # Position t predicts token t + 1 of the same example: the shift never crosses into the neighbour.
+            targets_RT[r, t : end - 1] = np.where(sample.trained[1:], sample.input_ids[1:], IGNORE)
+            position_ids_RT[r, t:end] = np.arange(len(sample))
+            t = end
+        position_ids_RT[r, t:] = np.arange(width - t)  # padding is a segment of its own
+        tokens += t
+    counted_RT = targets_RT != IGNORE
+    return Batch(
+        input_ids_RT=input_ids_RT,
+        targets_RT=targets_RT,
+        position_ids_RT=position_ids_RT if packing else None,
+        kept_K=np.flatnonzero(counted_RT.any(axis=0)),
+        trained_tokens=int(counted_RT.sum()),
+        tokens=tokens,
+        examples=tuple(index for row in rows for index in row),
+    )
+
+
+def step_batches(
+    samples: TokenSet, indices: np.ndarray, *, capacity: int, packing: bool, micro_batch: int, pad_id: int
+) -> list[Batch]:
+    """All micro-batches of one optimizer step."""
+    rows = fill_rows(indices, samples.lengths, capacity=capacity, packing=packing)
+    return [collate(samples, group, pad_id=pad_id, packing=packing) for group in micro_batches(rows, micro_batch)]

@@ -1,0 +1,84 @@
+"""PEFT configurations for the methods that train a few parameters beside a frozen model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sartor.errors import JobError
+from sartor.job.schema import Job
+
+NO_PACKING = ("prefix", "prompt")
+"""Methods whose virtual tokens stand before a row, so that a row can hold one example only."""
+
+
+def peft_config(job: Job, *, meta: bool = False) -> Any:
+    """The PEFT configuration of the job's method. On `meta` nothing may read weights or text. Raises JobError."""
+    import peft
+
+    if job.method == "lora":
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=job.lora.rank,
+            lora_alpha=job.lora.alpha,
+            lora_dropout=job.lora.dropout,
+            target_modules=job.lora.targets,
+        )
+    if job.method == "prefix":
+        return peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=job.prefix.length,
+            prefix_projection=job.prefix.projection,
+            encoder_hidden_size=job.prefix.projection_size,
+        )
+    if job.method == "prompt":
+        text = {} if meta or job.prompt.text is None else _text_initialisation(job)
+        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=job.prompt.length, **text)
+    return _any_config(job.peft)
+
+
+def _text_initialisation(job: Job) -> dict[str, Any]:
+    where = job.model.tokenizer or job.model.path
+    return {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": job.prompt.text, "tokenizer_name_or_path": where}
+
+
+def _any_config(given: dict[str, Any] | str | None) -> Any:
+    """`peft: {peft_type: …}` or the path of an adapter_config.json (or of its folder)."""
+    import peft
+
+    if isinstance(given, str):
+        path = Path(given) / "adapter_config.json" if Path(given).is_dir() else Path(given)
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise JobError(f"`peft` names {path}, which cannot be read", why=str(error), remedy="give an adapter_config.json") from None
+    options = dict(given or {})
+    kinds = sorted(str(kind.value) for kind in peft.PeftType)
+    kind = str(options.pop("peft_type", "")).upper()
+    if kind not in kinds:
+        raise JobError(f"`peft.peft_type` is {kind or 'missing'}", remedy=f"one of: {', '.join(kinds)}")
+    options.setdefault("task_type", "CAUSAL_LM")
+    for bookkeeping in ("peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path"):
+        options.pop(bookkeeping, None)
+    try:
+        return peft.get_peft_config({"peft_type": kind, **options})
+    except (TypeError, ValueError, KeyError) as error:
+        raise JobError(f"PEFT does not take this {kind} configuration", why=str(error), remedy="see PEFT's documentation of it") from None
+
+
+def wrap(model: nn.Module, config: Any) -> nn.Module:
+    """`model` with the adapters in it. Raises JobError where PEFT cannot place them in this model."""
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        why = " ".join(str(error).split())[:300]
+        remedy = "name modules of this model in `lora.targets`, or choose another method"
+        raise JobError(f"PEFT cannot apply {config.peft_type.value} to {type(model).__name__}", why=why, remedy=remedy) from error

@@ -1,0 +1,7 @@
+"""Models: where they come from, how they are built, what they are made of."""
+
+from sartor.model.blocks import Anatomy, Stack, dissect
+from sartor.model.build import build, check_trainable, skeleton
+from sartor.model.source import ModelSource, load_tokenizer, resolve
+
+__all__ = ["Anatomy", "ModelSource", "Stack", "build", "check_trainable", "dissect", "load_tokenizer", "resolve", "skeleton"]

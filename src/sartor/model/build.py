@@ -1,0 +1,109 @@
+"""Build a model: as a skeleton on the meta device (no memory), with random weights, or with its own from safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sartor.errors import ModelError
+from sartor.model.source import ModelSource, explain
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers Auto class that gives `config` a language-model head. Raises ModelError."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = type(config)
+    for mapping, cls in (
+        (auto.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+        (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
+        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
+        (auto.MODEL_FOR_MASKED_LM_MAPPING, transformers.AutoModelForMaskedLM),
+        (auto.MODEL_MAPPING, transformers.AutoModel),
+    ):
+        if kind in mapping:
+            return cls
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return transformers.AutoModelForCausalLM
+    raise ModelError(f"transformers has no model for {kind.__name__}", remedy="pip install -U transformers")
+
+
+def check_trainable(source: ModelSource) -> None:
+    """Refuse what the training loop does not train (yet). Raises ModelError."""
+    name = auto_class(source.config).__name__
+    if name not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        raise ModelError(
+            f"{source.path} is no decoder ({type(source.config).__name__})",
+            why="so far Sartor trains decoders: models that predict the next token",
+            remedy="choose a causal language model",
+        )
+
+
+def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+    """The model on the meta device: every shape, no memory. Raises ModelError."""
+    with torch.device("meta"):
+        return _from_config(source, dtype, attention)
+
+
+def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: str | None = None, seed: int = 0) -> nn.Module:
+    """The model in memory on `device`: its weights, or random ones (seeded) where it has none. Raises ModelError."""
+    if not source.has_weights:
+        torch.manual_seed(seed)
+        return _from_config(source, dtype, attention).to(device)
+    try:
+        with _quiet():
+            model, info = auto_class(source.config).from_pretrained(
+                source.path,
+                config=source.config,
+                revision=source.revision,
+                trust_remote_code=source.trust_remote_code,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise explain(source.path, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"the weights of {source.path} lack {len(missing)} tensors",
+            why=f"the first is {missing[0]}; they would have been random",
+            remedy="get the complete files, or start over from random weights: model.random_weights=true",
+        )
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+def _from_config(source: ModelSource, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    try:
+        with _quiet():
+            return auto_class(source.config).from_config(  # type: ignore[no-any-return]
+                source.config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise explain(source.path, error) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars and advice of transformers stay off: what matters is checked and said by Sartor."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

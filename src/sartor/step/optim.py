@@ -1,0 +1,36 @@
+"""AdamW and the learning rate: what PyTorch has, configured from the job."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from sartor.job.schema import TrainingJob
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); weight decay acts on matrices only."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": job.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(job.betas[0], job.betas[1]),
+        eps=job.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, total_steps: int, job: TrainingJob, *, peak: float) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then constant, linear or cosine to the final share."""
+    warmup = job.warmup * total_steps if job.warmup < 1 else job.warmup
+    if step < warmup:
+        return peak * (step + 1) / (math.ceil(warmup) + 1)
+    if job.schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    shape = 1 - progress if job.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (job.final_rate + (1 - job.final_rate) * shape)

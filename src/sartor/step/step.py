@@ -1,0 +1,68 @@
+"""One optimizer step, the same object for the forecast (on fake tensors) and for the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sartor.step.loss import SumLoss, TensorBatch
+from sartor.step.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What a step's forward and backward passes gave; tensors, so that nothing waits for the device."""
+
+    losses: list[Tensor]
+    """Summed loss of every micro-batch, float32 scalars."""
+    norm: Tensor
+    """Global norm of the gradient before clipping, a float32 scalar."""
+
+
+class TrainStep:
+    """Forward and backward over all micro-batches of a step, clipping, update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        device_kind: str,
+        clip_norm: float,
+    ) -> None:
+        self.model, self.parameters, self.optimizer = model, list(parameters.values()), optimizer
+        self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
+        self.loss = SumLoss(model)
+
+    def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
+        """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm`."""
+        losses = []
+        for batch in batches:
+            with self.precision.autocast(self.device_kind):
+                loss = self.loss(self.model, batch)
+            (loss / trained_tokens).backward()
+            losses.append(loss.detach())
+        limit = self.clip_norm if self.clip_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return Gradients(losses=losses, norm=norm)
+
+    def update(self, rate: float) -> None:
+        """Take the optimizer step at this learning rate and free the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Free the gradients without a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def enable_recompute(model: nn.Module) -> None:
+    """Drop activations in forward and compute them again in backward, block by block (transformers' own support)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
