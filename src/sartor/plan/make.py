@@ -1,0 +1,202 @@
+"""Make a plan: resolve what the job leaves open, find the worst batch, trace it, and choose the first strategy that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sartor.data import DataSets, TokenSet, prepare
+from sartor.data.order import BatchOrder
+from sartor.data.pack import Batch, collate, fill_rows, micro_batches
+from sartor.errors import DoesNotFit, JobError
+from sartor.job import Job
+from sartor.machine import Machine, probe
+from sartor.methods import MethodTraits, apply, trained_parameters, traits
+from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
+from sartor.plan.plan import Plan, Rejected
+from sartor.plan.strategy import Strategy
+from sartor.predict import MemoryForecast, forecast_memory
+from sartor.step import Precision, accepts_positions
+
+LONGEST_DEFAULT = 2048
+"""Tokens of `data.max_length` where the job leaves it open and the model allows more."""
+
+FULL_MICRO_BATCH_TOKENS = 8192
+"""A micro-batch of so many tokens keeps any device busy; a larger one costs memory and gains nothing."""
+
+WORST_BATCH_STEPS = 20_000
+"""Steps that are searched for the worst batch; more are more of the same data in another order."""
+
+
+def make(job: Job, machine: Machine | None = None) -> Plan:
+    """The plan of `job` on `machine` (this one by default). Needs no weights and no accelerator.
+
+    Raises UsageError of the room concerned: JobError, ModelError, DataError, or DoesNotFit.
+    """
+    machine = machine or probe(job.machine)
+    source = resolve(job.model)
+    check_trainable(source)
+    method = traits(job)
+    precision = Precision.resolve(job.precision, machine.device.kind)
+    model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
+    anatomy = dissect(model)
+    job, notes = _resolve_job(job, source, method, model)
+    assert job.data.max_length is not None, "resolved"
+    sets = prepare(job, load_tokenizer(job.model), max_length=job.data.max_length, vocab_size=source.vocab_size)
+    order = batch_order(job, sets)
+    strategy, forecast, rejected = _choose(job, source, machine, method, precision, sets, order)
+    trained = sum(parameter.numel() for parameter in trained_parameters(apply(model, job, meta=True)).values())
+    return Plan(
+        job=job,
+        machine=machine,
+        strategy=strategy,
+        forecast=forecast,
+        traits=method,
+        anatomy=anatomy,
+        trained_parameters=trained,
+        data=sets.summary,
+        total_steps=order.total_steps,
+        rejected=tuple(rejected),
+        notes=tuple(notes),
+    )
+
+
+def batch_order(job: Job, sets: DataSets) -> BatchOrder:
+    """The order of the run's steps, from the job alone."""
+    training = job.training
+    return BatchOrder(
+        examples=len(sets.train),
+        global_batch=training.global_batch,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        seed=training.seed,
+    )
+
+
+def _resolve_job(job: Job, source: ModelSource, method: MethodTraits, model: nn.Module) -> tuple[Job, list[str]]:
+    """Fill in what the job leaves open and a model decides: length, packing, rate."""
+    notes = []
+    limit = source.max_positions
+    room = None if limit is None else limit - method.virtual_tokens
+    if room is not None and room < 2:
+        raise JobError(f"{method.virtual_tokens} virtual tokens leave no room in the model's {limit} positions", remedy="fewer virtual tokens")
+    max_length = job.data.max_length or min(room or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    if room is not None and max_length > room:
+        raise JobError(
+            f"`data.max_length` is {max_length}, the model has {limit} positions"
+            + (f", {method.virtual_tokens} of them virtual tokens" if method.virtual_tokens else ""),
+            remedy=f"at most data.max_length={room}",
+        )
+    packing, why_not = _packing(job, method, model)
+    if why_not:
+        notes.append(why_not)
+    data = dataclasses.replace(job.data, max_length=max_length, packing=packing)
+    training = dataclasses.replace(job.training, learning_rate=method.learning_rate)
+    return dataclasses.replace(job, data=data, training=training), notes
+
+
+def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, str]:
+    """Whether rows are packed, and what is said where they cannot be."""
+    wanted = job.data.packing
+    if wanted is False:
+        return False, ""
+    reason = ""
+    if not method.packing:
+        reason = f"method {job.method} puts virtual tokens before a row, so a row holds one example"
+    elif not accepts_positions(type(model).forward):
+        reason = f"{type(model).__name__} takes no position ids, so examples in a row could not be told apart"
+    if reason and wanted is True:
+        raise JobError("`data.packing` is true, but this job cannot be packed", why=reason, remedy="data.packing=auto, or false")
+    return not reason, f"not packed: {reason}" if reason else ""
+
+
+def _choose(
+    job: Job,
+    source: ModelSource,
+    machine: Machine,
+    method: MethodTraits,
+    precision: Precision,
+    sets: DataSets,
+    order: BatchOrder,
+) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
+    """The first candidate that fits; candidates come fastest first. Raises DoesNotFit with what would help."""
+    rejected: list[Rejected] = []
+    tight: tuple[Strategy, MemoryForecast] | None = None
+    for strategy in _candidates(job, machine, method, precision, sets.train):
+        batches = worst_micro_batches(sets.train, order, strategy)
+        forecast = forecast_memory(
+            job, source, machine, batches, precision=precision, recompute=strategy.recompute, attention=strategy.attention
+        )
+        if forecast.verdict in ("fits", "cannot say"):
+            return strategy, forecast, rejected
+        if forecast.verdict == "tight" and tight is None:
+            tight = strategy, forecast
+        rejected.append(Rejected(strategy=strategy, reason=f"{forecast.verdict}: {forecast.reason}"))
+    if tight is not None:
+        return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
+    last = rejected[-1]
+    raise DoesNotFit(
+        f"this job does not fit on {machine.device.torch_name}: even with {last.strategy.describe()} it {last.reason.partition(': ')[2]}",
+        remedy="a shorter data.max_length, method lora instead of full, precision bf16, or a smaller model",
+    )
+
+
+def _candidates(
+    job: Job, machine: Machine, method: MethodTraits, precision: Precision, samples: TokenSet
+) -> Iterator[Strategy]:
+    """Strategies that honour what the job pins: large micro-batches first, recomputation only when nothing else helps."""
+    wanted = job.strategy
+    assert isinstance(job.data.packing, bool), "resolved"
+    assert job.data.max_length is not None, "resolved"
+    if wanted.recompute == "full" and not method.recompute:
+        raise JobError(
+            f"`strategy.recompute` is full, but method {job.method} cannot recompute", remedy="strategy.recompute=none"
+        )
+    row = job.data.max_length if job.data.packing else int(samples.lengths.max())
+    recompute = {"none": (False,), "full": (True,), "auto": (False, True) if method.recompute else (False,)}[wanted.recompute]
+    for again in recompute:
+        size = min(job.training.global_batch, max(FULL_MICRO_BATCH_TOKENS // row, 1))
+        sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(size)
+        for micro_batch in sizes:
+            yield Strategy(
+                device=machine.device.torch_name,
+                threads=machine.threads,
+                precision=precision.mode,
+                packing=job.data.packing,
+                row_capacity=job.data.max_length,
+                micro_batch=micro_batch,
+                recompute=again,
+                attention=None if wanted.attention == "auto" else wanted.attention,
+            )
+
+
+def _halvings(size: int) -> list[int]:
+    sizes = []
+    while size >= 1:
+        sizes.append(size)
+        size //= 2
+    return sizes
+
+
+def worst_micro_batches(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> list[Batch]:
+    """The micro-batch of the run with most positions, twice where steps accumulate (gradients live beside it)."""
+    worst: tuple[int, list[list[int]]] = (-1, [])
+    accumulates = False
+    for step in range(min(order.total_steps, WORST_BATCH_STEPS)):
+        rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
+        groups = micro_batches(rows, strategy.micro_batch)
+        accumulates |= len(groups) > 1
+        for group in groups:
+            width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
+            if len(group) * width > worst[0]:
+                worst = (len(group) * width, group)
+    batch = collate(samples, worst[1], pad_id=0, packing=strategy.packing)
+    return [batch, batch] if accumulates else [batch]
+
+
+def load_dtype(plan: Plan) -> torch.dtype:
+    """Format in which the plan loads the base model."""
+    return Precision(mode=plan.strategy.precision).load_dtype(adapter=plan.traits.adapter)

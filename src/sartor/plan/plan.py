@@ -1,0 +1,62 @@
+"""The plan: what will run, what it will need, and what else was considered. Data only."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sartor.data import DataSummary
+from sartor.job import Job, to_mapping
+from sartor.machine import Machine
+from sartor.methods import MethodTraits
+from sartor.model import Anatomy
+from sartor.plan.strategy import Strategy
+from sartor.predict import MemoryForecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A strategy that was considered, and why it was not taken."""
+
+    strategy: Strategy
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Job + machine + strategy + forecast. Made by `sartor.plan.make`; the job in it is resolved (nothing at `auto`)."""
+
+    job: Job
+    machine: Machine
+    strategy: Strategy
+    forecast: MemoryForecast
+    traits: MethodTraits
+    anatomy: Anatomy
+    trained_parameters: int
+    data: DataSummary
+    total_steps: int
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain nested mappings, as `plan.yaml` and `sartor plan --json` hold them."""
+        tree = _plain(self)
+        assert isinstance(tree, dict), "a dataclass becomes a mapping"
+        return {**tree, "job": to_mapping(self.job)}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and numpy scalars as what YAML and JSON know."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,31 @@
+"""How a job is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Everything that changes speed and memory, and nothing that changes the result."""
+
+    device: str
+    """As `torch.device` takes it."""
+    threads: int
+    precision: str
+    """float32, bf16-mixed or bf16."""
+    packing: bool
+    row_capacity: int
+    """Tokens that fit in a row; the method's virtual tokens come on top."""
+    micro_batch: int
+    """Rows computed at once; the other rows of a step are accumulated."""
+    recompute: bool
+    attention: str | None
+    """transformers' name of the attention kernel; None leaves it to transformers."""
+
+    def describe(self) -> str:
+        """The strategy in a sentence."""
+        rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
+        activations = "activations recomputed" if self.recompute else "activations kept"
+        attention = f", attention {self.attention}" if self.attention else ""
+        return f"{self.device}, {self.precision}, {rows}, micro-batch {self.micro_batch}, {activations}{attention}"

@@ -1,0 +1,112 @@
+"""The memory forecast of a job: the traced peak, what the process adds to it, and what there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from sartor.data.pack import Batch
+from sartor.job.schema import Job
+from sartor.job.units import format_bytes
+from sartor.machine import Machine
+from sartor.machine.memory import resident_bytes
+from sartor.methods import apply, trained_parameters, traits
+from sartor.model import ModelSource, skeleton
+from sartor.predict.ledger import Ledger, Peak
+from sartor.predict.trace import trace_steps
+from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer
+
+Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
+
+TIGHT_SHARE = 0.9
+"""Above this share of what is available a forecast is called tight: the allocator's slack and others' memory move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryForecast:
+    """What a run will need on its device, before a byte is allocated.
+
+    `peak` counts tensors exactly as the step allocates them. `process_bytes` is what the system will show for the process:
+    on a CPU the peak on top of what the process holds already (interpreter and libraries, measured now).
+    """
+
+    verdict: Verdict
+    reason: str
+    peak: Peak | None
+    process_bytes: int | None
+    baseline_bytes: int
+    available_bytes: int
+    trace_seconds: float
+
+
+def forecast_memory(
+    job: Job,
+    source: ModelSource,
+    machine: Machine,
+    batches: Sequence[Batch],
+    *,
+    precision: Precision,
+    recompute: bool,
+    attention: str | None,
+) -> MemoryForecast:
+    """Trace two steps of the job over `batches` and compare the peak with the device's memory."""
+    on_cpu = machine.device.kind == "cpu"
+    baseline = resident_bytes() if on_cpu else 0
+    available = min(machine.device.available_bytes + baseline, machine.device.total_bytes)
+    start = time.perf_counter()
+    try:
+        peak = _trace(job, source, batches, precision=precision, recompute=recompute, attention=attention).peak()
+    except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
+        reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return MemoryForecast(
+            verdict="cannot say",
+            reason=reason,
+            peak=None,
+            process_bytes=None,
+            baseline_bytes=baseline,
+            available_bytes=available,
+            trace_seconds=time.perf_counter() - start,
+        )
+    needed = baseline + peak.total_bytes
+    verdict, reason = _judge(needed, available)
+    return MemoryForecast(
+        verdict=verdict,
+        reason=reason,
+        peak=peak,
+        process_bytes=needed,
+        baseline_bytes=baseline,
+        available_bytes=available,
+        trace_seconds=time.perf_counter() - start,
+    )
+
+
+def _trace(
+    job: Job, source: ModelSource, batches: Sequence[Batch], *, precision: Precision, recompute: bool, attention: str | None
+) -> Ledger:
+    adapter = traits(job).adapter
+    model = skeleton(source, dtype=precision.load_dtype(adapter=adapter), attention=attention)
+    model = apply(model, job, meta=True).train()
+    precision.cast_trained(trained_parameters(model))
+    if recompute:
+        enable_recompute(model)
+
+    def make_step(model: nn.Module, parameters: dict[str, nn.Parameter]) -> TrainStep:
+        optimizer = make_optimizer(parameters, job.training)
+        return TrainStep(
+            model, parameters, optimizer, precision=precision, device_kind="cpu", clip_norm=job.training.clip_norm
+        )
+
+    return trace_steps(model, make_step, batches)
+
+
+def _judge(needed: int, available: int) -> tuple[Verdict, str]:
+    text = f"needs {format_bytes(needed)} of {format_bytes(available)}"
+    if needed <= TIGHT_SHARE * available:
+        return "fits", text
+    if needed <= available:
+        return "tight", text
+    return "does not fit", text

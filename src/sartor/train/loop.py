@@ -1,0 +1,196 @@
+"""The training loop: the only one. Read it from top to bottom.
+
+    fit            prepare → (evaluate) → steps → (evaluate) → publish → record
+    _train         the steps themselves
+    _evaluate      held-out loss
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sartor.errors import Interrupted
+from sartor.job import to_yaml
+from sartor.plan import Plan
+from sartor.step import TensorBatch, learning_rate
+from sartor.train import checkpoint as saved
+from sartor.train import folder as files
+from sartor.train.checkpoint import Progress, TrainState
+from sartor.train.metrics import MetricsWriter, Observer, Observers
+from sartor.train.outcome import memory_outcome, not_finite, record, reset_peaks
+from sartor.train.record import EvalRecord, Run, StepRecord
+from sartor.train.setup import Workbench, adopt, check_identity, identity, set_up
+from sartor.train.signals import StopRequest, stop_requests
+
+RESUME_LATEST = "latest"
+
+
+def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] = ()) -> Run:
+    """Run `plan` to its end and record what happened.
+
+    `resume`: "latest", or the name of a checkpoint; the run then goes on exactly as if it had never stopped.
+    Raises Interrupted after a stop signal (everything saved), RunError or UsageError with the remedy.
+    """
+    with files.owned(Path(plan.job.output), resume=resume is not None) as folder:
+        watchers = Observers(*observers)
+        # -- 1. where the run stands, and its live objects
+        wanted = None if resume == RESUME_LATEST else resume
+        checkpoint = saved.find(folder, wanted, watchers.said) if resume is not None else None
+        files.write_text(folder / "job.yaml", to_yaml(plan.job))
+        files.write_text(folder / "plan.yaml", plan.to_yaml())
+        reset_peaks(plan)
+        bench = set_up(plan, checkpoint)
+        state = TrainState(
+            model=bench.model,
+            tokenizer=bench.tokenizer,
+            parameters=bench.parameters,
+            optimizer=bench.optimizer,
+            adapter=plan.traits.adapter,
+        )
+        if checkpoint is None:
+            progress = Progress(step=0, seconds=0.0, tokens=0, trained_tokens=0, identity=identity(plan, bench.sets))
+            if resume is not None:
+                watchers.said("nothing was saved yet: starting from the beginning")
+        else:
+            progress = saved.read_progress(checkpoint)
+            check_identity(plan, bench.sets, progress.identity)
+            saved.restore(checkpoint, state)
+            watchers.said(f"going on after step {progress.step} from {checkpoint.name}")
+        # -- 2. the steps
+        metrics = MetricsWriter(folder, step=progress.step, tensorboard=plan.job.training.tensorboard)
+        watchers = Observers(metrics, *observers)
+        try:
+            watchers.loaded(bench.model, bench.tokenizer, bench.sets)
+            with stop_requests() as stop:
+                progress = _train(plan, bench, state, progress, folder, watchers, stop)
+        finally:
+            metrics.close()
+        # -- 3. the result
+        final = _final_checkpoint(plan, bench, state, progress, folder, finished=not stop)
+        saved.publish(final, folder)
+        memory = memory_outcome(plan)
+        if not stop:
+            watchers.trained(bench.model, bench.tokenizer, bench.sets)
+        run = record(plan, folder, progress, final, memory, finished=not stop)
+        run.save()
+        watchers.finished(run)
+        if stop:
+            raise Interrupted(
+                f"stopped by signal {stop.signal_number} after step {progress.step} of {plan.total_steps}; saved in {final}",
+                signal_number=stop.signal_number or 0,
+                remedy="go on with --resume",
+            )
+        return run
+
+
+def _train(
+    plan: Plan, bench: Workbench, state: TrainState, progress: Progress, folder: Path, watchers: Observer, stop: StopRequest
+) -> Progress:
+    """Steps from `progress` to the end or to a stop signal; returns the progress, which is saved."""
+    training, evaluation = plan.job.training, plan.job.evaluation
+    assert training.learning_rate is not None, "a plan's job is resolved"
+    total = plan.total_steps
+    watchers.started(progress.step, total)
+    if progress.step == 0 and bench.sets.held_out is not None:
+        progress = _evaluate(plan, bench, progress, watchers)
+    bench.model.train()
+    while progress.step < total and not stop:
+        # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
+        start = time.perf_counter()
+        number = progress.step
+        batches = bench.batches(plan, bench.sets.train, bench.order.indices(number))
+        trained_tokens = sum(batch.trained_tokens for batch in batches)
+        tokens = sum(batch.tokens for batch in batches)
+
+        # Forward and backward; the loss is normalised by the trained tokens of the whole step (LLaMA-Factory, TRL and
+        # Trainer long averaged micro-batches, which weighs tokens by accident: transformers#34191).
+        gradients = bench.step.backward([TensorBatch.of(batch, plan.strategy.device) for batch in batches], trained_tokens)
+        losses = torch.stack(gradients.losses).tolist()
+        norm = float(gradients.norm)
+
+        # A step that is not finite is not taken: the weights stay as they were, and are saved.
+        if not all(map(math.isfinite, [*losses, norm])):
+            bench.step.discard()
+            saved.save(folder, state, progress)
+            raise not_finite(bench, batches, losses, norm, number)
+        rate = learning_rate(number, total, training, peak=training.learning_rate)
+        bench.step.update(rate)
+
+        # Account for it.
+        seconds = time.perf_counter() - start
+        progress = dataclasses.replace(
+            progress,
+            step=number + 1,
+            seconds=progress.seconds + seconds,
+            tokens=progress.tokens + tokens,
+            trained_tokens=progress.trained_tokens + trained_tokens,
+        )
+        watchers.stepped(
+            StepRecord(
+                step=progress.step,
+                epoch=bench.order.epoch_of(progress.step),
+                loss=sum(losses) / trained_tokens,
+                grad_norm=norm,
+                learning_rate=rate,
+                tokens=tokens,
+                trained_tokens=trained_tokens,
+                tokens_per_second=tokens / seconds,
+                seconds=progress.seconds,
+            )
+        )
+        last = progress.step == total
+        if bench.sets.held_out is not None and (last or _due(evaluation.every, progress.step)):
+            progress = _evaluate(plan, bench, progress, watchers)
+            bench.model.train()
+        is_best = training.keep_best and progress.best_step == progress.step
+        if last or stop or is_best or _due(training.save_every, progress.step):
+            watchers.saved(saved.save(folder, state, progress))
+            best = {progress.best_step} if training.keep_best and progress.best_step else set()
+            saved.prune(folder, keep_last=training.keep_last, keep=best)
+    return progress
+
+
+@torch.no_grad()
+def _evaluate(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> Progress:
+    """Mean held-out loss per trained token, and the best so far."""
+    held_out = bench.sets.held_out
+    assert held_out is not None, "called only where something is held out"
+    bench.model.eval()
+    count = min(len(held_out), plan.job.evaluation.examples or len(held_out))
+    total, tokens, group = 0.0, 0, plan.job.training.global_batch
+    for first in range(0, count, group):
+        for batch in bench.batches(plan, held_out, range(first, min(first + group, count))):
+            with bench.step.precision.autocast(bench.step.device_kind):
+                total += float(bench.step.loss(bench.model, TensorBatch.of(batch, plan.strategy.device)))
+            tokens += batch.trained_tokens
+    loss = total / tokens
+    watchers.evaluated(EvalRecord(step=progress.step, eval_loss=loss, eval_tokens=tokens))
+    first_loss = loss if progress.first_eval_loss is None else progress.first_eval_loss
+    progress = dataclasses.replace(progress, first_eval_loss=first_loss, last_eval_loss=loss)
+    if progress.step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+        progress = dataclasses.replace(progress, best_loss=loss, best_step=progress.step)
+    return progress
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _final_checkpoint(
+    plan: Plan, bench: Workbench, state: TrainState, progress: Progress, folder: Path, *, finished: bool
+) -> Path:
+    """The checkpoint that is the result: the best where the job keeps it, else the last. The model becomes it."""
+    last = folder / f"checkpoint-{progress.step}"
+    if not last.is_dir():
+        saved.save(folder, state, progress)
+    if not (finished and plan.job.training.keep_best and progress.best_step):
+        return last
+    best = folder / f"checkpoint-{progress.best_step}"
+    adopt(plan, bench, best)
+    return best

@@ -1,0 +1,86 @@
+"""What came of a run: its memory beside the forecast, its record, and the message for a loss that is not a number."""
+
+from __future__ import annotations
+
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from sartor.data.pack import Batch
+from sartor.errors import RunError
+from sartor.machine.memory import peak_resident_bytes, reset_peak_resident
+from sartor.plan import Plan
+from sartor.train.checkpoint import Progress
+from sartor.train.record import MemoryOutcome, Run, read_metrics
+from sartor.train.setup import Workbench
+
+_VERSIONED = ("sartor", "torch", "transformers", "peft", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+def reset_peaks(plan: Plan) -> None:
+    """Begin a new high-water mark on the device of the plan."""
+    if plan.machine.device.kind == "cpu":
+        reset_peak_resident()
+    else:
+        torch.accelerator.reset_peak_memory_stats(plan.machine.device.index)
+
+
+def memory_outcome(plan: Plan) -> MemoryOutcome:
+    """Forecast beside measurement: resident memory of the process on a CPU, allocated memory on an accelerator."""
+    forecast = plan.forecast
+    if plan.machine.device.kind == "cpu":
+        expected, measured, name = forecast.process_bytes, peak_resident_bytes(), "peak resident memory of the process"
+    else:
+        expected = forecast.peak.total_bytes if forecast.peak else None
+        measured, name = torch.accelerator.max_memory_allocated(plan.machine.device.index), "peak allocated device memory"
+    error = None if expected is None else (expected / measured - 1) * 100
+    return MemoryOutcome(forecast_bytes=expected, measured_bytes=measured, measured_name=name, error_percent=error)
+
+
+def record(
+    plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, finished: bool
+) -> Run:
+    """The run in one object."""
+    losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
+    return Run(
+        folder=str(folder),
+        status="finished" if finished else "interrupted",
+        steps=progress.step,
+        total_steps=plan.total_steps,
+        epochs=progress.step * plan.job.training.global_batch / plan.data.samples,
+        seconds=progress.seconds,
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        first_eval_loss=progress.first_eval_loss,
+        last_eval_loss=progress.last_eval_loss,
+        memory=memory,
+        checkpoint=checkpoint.name,
+        versions={"python": platform.python_version()} | {name: _version(name) for name in _VERSIONED},
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def not_finite(bench: Workbench, batches: list[Batch], losses: list[float], norm: float, step: int) -> RunError:
+    """Names the examples whose loss is not finite, or says that the gradient is."""
+    guilty = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    examples = [example for batch in guilty or batches for example in batch.examples]
+    sources = ", ".join(bench.sets.train.source(example) for example in examples[:8])
+    more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
+    what = "loss" if guilty else f"gradient norm ({norm})"
+    return RunError(
+        f"the {what} of step {step + 1} is not a finite number; the step was not taken",
+        why=f"it came from the examples {sources}{more}",
+        remedy="look at these examples; lower training.learning_rate or raise training.warmup; then --resume from before it",
+    )

@@ -1,0 +1,144 @@
+"""Everything the loop needs, made from a plan: model, method, data, optimizer, step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sartor.data import DataSets, TokenSet, prepare
+from sartor.data.order import BatchOrder
+from sartor.data.pack import Batch, step_batches
+from sartor.errors import RunError
+from sartor.job import to_mapping
+from sartor.methods import apply, trained_parameters
+from sartor.model import build, load_tokenizer, resolve
+from sartor.plan import Plan, batch_order, load_dtype
+from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer
+from sartor.train.checkpoint import restore_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """The live objects of a run."""
+
+    model: nn.Module
+    tokenizer: Any
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: TrainStep
+    sets: DataSets
+    order: BatchOrder
+    pad_id: int
+
+    def batches(self, plan: Plan, samples: TokenSet, indices: Any) -> list[Batch]:
+        """The micro-batches of these examples, as the strategy cuts them."""
+        strategy = plan.strategy
+        return step_batches(
+            samples,
+            indices,
+            capacity=strategy.row_capacity,
+            packing=strategy.packing,
+            micro_batch=strategy.micro_batch,
+            pad_id=self.pad_id,
+        )
+
+
+def set_up(plan: Plan, checkpoint: Path | None) -> Workbench:
+    """Build the run of `plan`; with a checkpoint of a full fine-tune, the model comes from there.
+
+    Raises ModelError, DataError or JobError of the rooms below.
+    """
+    refuse_several_processes()
+    job, strategy = plan.job, plan.strategy
+    torch.set_num_threads(strategy.threads)
+    tokenizer = load_tokenizer(job.model)
+    assert job.data.max_length is not None, "a plan's job is resolved"
+    source = resolve(job.model)
+    sets = prepare(job, tokenizer, max_length=job.data.max_length, vocab_size=source.vocab_size)
+    if checkpoint is not None and not plan.traits.adapter:
+        source = dataclasses.replace(source, path=str(checkpoint), has_weights=True, revision=None)
+    seed, precision = job.training.seed, Precision(mode=strategy.precision)
+    model = build(source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed)
+    model = apply(model, job, seed=seed)
+    parameters = trained_parameters(model)
+    precision.cast_trained(parameters)
+    if strategy.recompute:
+        enable_recompute(model)
+    optimizer = make_optimizer(parameters, job.training)
+    step = TrainStep(
+        model,
+        parameters,
+        optimizer,
+        precision=precision,
+        device_kind=torch.device(strategy.device).type,
+        clip_norm=job.training.clip_norm,
+    )
+    return Workbench(
+        model=model,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        optimizer=optimizer,
+        step=step,
+        sets=sets,
+        order=batch_order(job, sets),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def adopt(plan: Plan, bench: Workbench, checkpoint: Path) -> None:
+    """Give the live model the weights of a checkpoint of the same run."""
+    if plan.traits.adapter:
+        restore_adapter(checkpoint, bench.parameters)
+        return
+    source = dataclasses.replace(resolve(plan.job.model), path=str(checkpoint), has_weights=True, revision=None)
+    other = build(source, dtype=load_dtype(plan), device=plan.strategy.device, attention=plan.strategy.attention)
+    bench.model.load_state_dict(other.state_dict())
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills the end of a row. Any token does: padding is never a target and no real token sees it."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def identity(plan: Plan, sets: DataSets) -> str:
+    """Fingerprint of what decides the course of a run: the job, less where it is written and for how long, and the data."""
+    tree = to_mapping(plan.job)
+    for key in ("output", "evaluation", "machine"):
+        del tree[key]
+    for key in ("save_every", "keep_last", "keep_best", "tensorboard"):
+        del tree["training"][key]
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
+    digest.update(sets.train.lengths.tobytes())
+    digest.update(sets.train.trained_counts.tobytes())
+    return digest.hexdigest()
+
+
+def check_identity(plan: Plan, sets: DataSets, stored: str) -> None:
+    """Raises RunError where the job or its data is not the one that was stopped."""
+    if identity(plan, sets) != stored:
+        raise RunError(
+            "this is not the run that was stopped",
+            why="the job or its data has changed since, so it could not go on exactly",
+            remedy="resume with the job.yaml in the run's folder, or start a new run with another `output`",
+        )
+
+
+def refuse_several_processes() -> None:
+    """Raises RunError under a launcher that started several processes: they would all write one folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes",
+            why="this version trains in one process",
+            remedy="run it without torchrun, accelerate or srun -n",
+        )
