@@ -162,7 +162,11 @@ def _kind(value: Any) -> str:
 def _string(row: Mapping[str, Any], key: str, source: str, place: str = "") -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        state = f"is {_kind(value)}, not a string" if key in row else "is missing"
+        state = (
+            f"is {_kind(value)}, not a string"
+            if key in row
+            else f"is missing (there is {', '.join(map(str, row))[:80] or 'nothing'})"
+        )
         raise _wrong(source, f"{place}`{key}` {state}")
     if not value.isascii():
         try:

@@ -197,9 +197,9 @@ def locate(chat: Conversation, text: str, heads: dict[int, str], end: str) -> di
         found = _find(text, turn.content, start, limit, marker)
         if given and found is None:  # the prompt itself holds the first words, such as `<think>`
             found = _find(text, turn.content, cursor, limit, marker)
-        if found is None and turn.role == "assistant":
+        if found is None and (turn.role == "assistant" or turn.train):
             raise DataError(
-                f"{chat.source}: turn {index + 1}, by the assistant, is not found in what the chat template renders",
+                f"{chat.source}: turn {index + 1}, by the {turn.role}, is not found in what the chat template renders",
                 why=f"looked for {turn.content[:60]!r} after character {start:,}",
                 remedy="a template that rewrites answers needs {% generation %} marks; or set `data.template` to another one",
             )

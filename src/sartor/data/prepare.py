@@ -95,17 +95,20 @@ def _load(job: DataJob, tokenizer: Any, max_length: int) -> _Loaded:
     else:
         tokens, counts = kept
     if counts.untrained:
-        cut = (
-            f", {counts.untrained_truncated:,} of them because they were cut at {max_length:,}"
-            if counts.untrained_truncated
-            else ""
-        )
-        notes = (*notes, f"{counts.untrained:,} samples without a trained token were left out{cut}")
+        notes = (*notes, _untrained_note(counts, max_length))
     return _Loaded(tokens=tokens, counts=counts, format=form, template=chat, notes=notes, cached=kept is not None)
 
 
 def _text_notes(tokenizer: Any) -> tuple[str, ...]:
     return () if tokenizer.eos_token else ("the tokenizer has no end-of-sequence token: documents end without a mark",)
+
+
+def _untrained_note(counts: Counts, max_length: int) -> str:
+    many = counts.untrained > 1
+    cut = {0: "", counts.untrained: f" (cut at {max_length:,} tokens, before the answer)"}.get(
+        counts.untrained_truncated, f" ({counts.untrained_truncated:,} of them cut at {max_length:,} tokens, before the answer)"
+    )
+    return f"{counts.untrained:,} sample{'s' * many} without a trained token {'were' if many else 'was'} left out{cut}"
 
 
 def _with_system(item: Conversation | Document, system: str | None) -> Conversation | Document:
