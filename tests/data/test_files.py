@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,29 @@ def test_fingerprint_follows_the_contents(write: Callable[..., Path]) -> None:
     assert before == files.find(DataJob(path=str(path))).fingerprint()
     write("two", "a.txt")
     assert before != files.find(DataJob(path=str(path))).fingerprint()
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list[Any]):
+        _fingerprint = "abc"
+
+    asked: list[Any] = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str) -> Rows:
+        asked.append((name, subset, split))
+        if name == "owner/none":
+            raise ConnectionError("Couldn't reach 'owner/none' on the Hub (offline mode)")
+        return Rows(ROWS)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    records = read("owner/name", subset="main", split="validation")
+    assert [(record.value, record.source) for record in records] == [(ROWS[0], "owner/name:1"), (ROWS[1], "owner/name:2")]
+    assert asked == [("owner/name", "main", "validation")]
+    message = refused("owner/none")
+    assert "Couldn't reach" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_the_room_imports_no_torch() -> None:
+    code = "import sys, sartor.data; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

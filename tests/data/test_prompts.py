@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from sartor.data import Sample, prepare, prompt_and_reference
+from sartor.data import Sample, chat_prompt, prepare, prompt_and_reference
 
 
 def test_last_answer(write: Callable[..., Path], job_for: Any, byte_level: Any) -> None:
@@ -20,6 +21,24 @@ def test_last_answer(write: Callable[..., Path], job_for: Any, byte_level: Any) 
     assert reference == "All well"
     assert tokenizer.decode(prompt).endswith("And?<|im_end|>\n<|im_start|>assistant\n")
     assert all(type(token) is int for token in prompt)
+
+
+@pytest.mark.parametrize("template", ["chatml", "vicuna", "plain"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_chat_asks_as_training_did(
+    write: Callable[..., Path], job_for: Any, byte_level: Any, template: str, adds_bos: bool
+) -> None:
+    tokenizer = byte_level(adds_bos=adds_bos)
+    path = write([{"prompt": "How are you?", "completion": "Fine"}])
+    sets = prepare(job_for(path, template=template), tokenizer, max_length=256)
+    asked = chat_prompt([{"role": "user", "content": "How are you?"}], tokenizer)
+    assert asked == prompt_and_reference(sets.train[0], tokenizer)[0]
+    assert asked.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_chat_whose_template_leaves_bos_to_the_tokenizer(byte_level: Any) -> None:
+    tokenizer = byte_level(adds_bos=True, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert chat_prompt([{"role": "user", "content": "you"}], tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_plain_text(write: Callable[..., Path], job_for: Any, byte_level: Any) -> None:

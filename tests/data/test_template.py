@@ -108,4 +108,4 @@ def test_notes(byte_level: Callable[..., Any], write: Callable[..., Path]) -> No
     assert "will not learn to stop" in endless.notes[0]
     assert not template.choose("chatml", byte_level(eos_token=None), format="messages").notes, "<|im_end|> is a token here"
     as_text = template.choose("llama3", byte_level(eos_token=None), format="messages")
-    assert "'<|eot_id|>' as text" in as_text.notes[1]
+    assert "answers end with '<|eot_id|>', which is ordinary text" in as_text.notes[1]

@@ -51,8 +51,7 @@ class Encoder:
                 why="the loss mask needs to know which characters a token covers; only fast tokenizers tell",
                 remedy="name a model or folder with a tokenizer.json in `model.tokenizer`",
             )
-        first = tokenizer("a", add_special_tokens=True).input_ids[:1]
-        bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+        bos = begins_with_bos(tokenizer)
         return cls(tokenizer=tokenizer, template=template, train_on=train_on, max_length=max_length, bos=bos)
 
     def encode(self, items: Sequence[Conversation | Document]) -> Iterator[Sample]:
@@ -178,6 +177,12 @@ class Encoder:
         return tuple(located[index] for index in sorted(chosen & located.keys()))
 
 
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer, asked for special tokens, puts its BOS token in front."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", add_special_tokens=True).input_ids[:1] == [bos]
+
+
 def locate(chat: Conversation, text: str, heads: dict[int, str], end: str) -> dict[int, Span]:
     """The characters of every turn in the rendered `text`.
 
@@ -231,6 +236,12 @@ def _find(text: str, content: str, start: int, limit: int, marker: str) -> Span 
             if (first := text.find(variant + tail, start, limit)) >= 0:
                 return first, first + len(variant)
     return None
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether this tokenizer puts its BOS token before every text."""
+    first = tokenizer("a", add_special_tokens=True).input_ids[:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
 def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span], length: int) -> np.ndarray:

@@ -1,14 +1,29 @@
-"""A sample taken apart: what the model is asked, and the answer the data gives."""
+"""What the model is asked: from a conversation, or from a sample taken apart into prompt and answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from sartor.data.mask import begins_with_bos
+from sartor.data.mask import begins_with_bos
 from sartor.data.tokens import Sample
+from sartor.errors import DataError
 
 _LONGEST_TEXT_PROMPT = 32
+
+
+def chat_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids that ask the model to answer this conversation: the same that it was trained on, BOS token included.
+
+    Raises jinja2.TemplateError where the tokenizer's chat template has no place for a message.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    # Templates that leave the BOS token to the tokenizer, as `Encoder` does in training.
+    return [tokenizer.bos_token_id, *ids] if begins_with_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id] else ids
 
 
 def prompt_and_reference(sample: Sample, tokenizer: Any) -> tuple[list[int], str]:
@@ -26,3 +41,23 @@ def prompt_and_reference(sample: Sample, tokenizer: Any) -> tuple[list[int], str
         first = max(1, min(len(sample) // 4, _LONGEST_TEXT_PROMPT))
     reference = tokenizer.decode(sample.input_ids[first:end].tolist(), skip_special_tokens=True)
     return sample.input_ids[:first].tolist(), reference.strip()
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a text, or of a conversation whose next turn is the assistant's, as training saw them: one BOS at most.
+
+    Raises DataError where the chat template does not render the conversation.
+    """
+    text = prompt if isinstance(prompt, str) else _invitation(tokenizer, prompt)
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False).input_ids]
+    if begins_with_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        ids.insert(0, tokenizer.bos_token_id)
+    return ids
+
+
+def _invitation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program that came with the model: it may raise anything
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"the chat template does not render this conversation ({roles})", why=str(error)) from None

@@ -34,7 +34,7 @@ def choose(name: str, tokenizer: Any, *, format: str) -> Template:
     """
     label, text, notes = _find(name, tokenizer, format)
     tokenizer.chat_template = text
-    end = _end_marker(tokenizer, label)
+    end = end_marker(tokenizer, label)
     return Template(name=label, text=text, end=end, notes=(*notes, *_notes(label, text, end, tokenizer)))
 
 
@@ -80,7 +80,7 @@ def _built_in(name: str) -> str:
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
-def _end_marker(tokenizer: Any, name: str) -> str:
+def end_marker(tokenizer: Any, name: str = "in use") -> str:
     """What follows the assistant's words in the shortest conversation, trailing white space taken off."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SENTINEL}]
     render = partial(tokenizer.apply_chat_template, tokenize=False)
@@ -105,6 +105,8 @@ def _notes(name: str, text: str, end: str, tokenizer: Any) -> list[str]:
         notes.append(f"template {name}: {shown} are not tokens of this tokenizer; they become ordinary text")
     if not end:
         notes.append(f"template {name} writes nothing after the assistant's words: the model will not learn to stop")
-    elif tokenizer.eos_token is None and tokenizer.backend_tokenizer.token_to_id(end) is None:
-        notes.append(f"the tokenizer has no end-of-sequence token; the model learns to end with {end!r} as text")
+    elif (
+        not (tokenizer.eos_token and tokenizer.eos_token in end) and tokenizer.backend_tokenizer.token_to_id(end.strip()) is None
+    ):
+        notes.append(f"answers end with {end!r}, which is ordinary text here: whatever generates must be told to stop there")
     return notes
