@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sartor import job
+import sartor.job as job
 from sartor.job import Job
 
 SHARED = Path(__file__).parents[3] / "shared"
