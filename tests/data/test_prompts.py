@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sartor.data import Sample, chat_prompt, prepare, prompt_and_reference
+from sartor.data import Sample, encode_prompt, prepare, prompt_and_reference
+from sartor.errors import DataError
 
 
 def test_last_answer(write: Callable[..., Path], job_for: Any, byte_level: Any) -> None:
@@ -31,14 +32,17 @@ def test_a_chat_asks_as_training_did(
     tokenizer = byte_level(adds_bos=adds_bos)
     path = write([{"prompt": "How are you?", "completion": "Fine"}])
     sets = prepare(job_for(path, template=template), tokenizer, max_length=256)
-    asked = chat_prompt([{"role": "user", "content": "How are you?"}], tokenizer)
+    asked = encode_prompt(tokenizer, [{"role": "user", "content": "How are you?"}])
     assert asked == prompt_and_reference(sets.train[0], tokenizer)[0]
     assert asked.count(tokenizer.bos_token_id) == 1
 
 
 def test_a_chat_whose_template_leaves_bos_to_the_tokenizer(byte_level: Any) -> None:
     tokenizer = byte_level(adds_bos=True, template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert chat_prompt([{"role": "user", "content": "you"}], tokenizer)[0] == tokenizer.bos_token_id
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "you"}])[0] == tokenizer.bos_token_id
+    assert encode_prompt(tokenizer, "<s>you") == encode_prompt(tokenizer, "you")
+    with pytest.raises(DataError, match="does not render"):
+        encode_prompt(byte_level(template="{{ raise_exception('no') }}"), [{"role": "user", "content": "you"}])
 
 
 def test_plain_text(write: Callable[..., Path], job_for: Any, byte_level: Any) -> None:

@@ -238,12 +238,6 @@ def _find(text: str, content: str, start: int, limit: int, marker: str) -> Span 
     return None
 
 
-def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether this tokenizer puts its BOS token before every text."""
-    first = tokenizer("a", add_special_tokens=True).input_ids[:1]
-    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-
-
 def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span], length: int) -> np.ndarray:
     """Which tokens touch a trained character, bool, (tokens,). `offsets`: the characters of each token, of `length` in all."""
     if not offsets:

@@ -8,22 +8,10 @@ from typing import Any
 import numpy as np
 
 from sartor.data.mask import begins_with_bos
-from sartor.data.mask import begins_with_bos
 from sartor.data.tokens import Sample
 from sartor.errors import DataError
 
 _LONGEST_TEXT_PROMPT = 32
-
-
-def chat_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Token ids that ask the model to answer this conversation: the same that it was trained on, BOS token included.
-
-    Raises jinja2.TemplateError where the tokenizer's chat template has no place for a message.
-    """
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    # Templates that leave the BOS token to the tokenizer, as `Encoder` does in training.
-    return [tokenizer.bos_token_id, *ids] if begins_with_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id] else ids
 
 
 def prompt_and_reference(sample: Sample, tokenizer: Any) -> tuple[list[int], str]:
