@@ -79,23 +79,26 @@ def batch_order(job: Job, sets: DataSets) -> BatchOrder:
 def _resolve_job(job: Job, source: ModelSource, method: MethodTraits, model: nn.Module) -> tuple[Job, list[str]]:
     """Fill in what the job leaves open and a model decides: length, packing, rate."""
     notes = []
-    limit = source.max_positions
-    room = None if limit is None else limit - method.virtual_tokens
-    if room is not None and room < 2:
-        raise JobError(f"{method.virtual_tokens} virtual tokens leave no room in the model's {limit} positions", remedy="fewer virtual tokens")
-    max_length = job.data.max_length or min(room or LONGEST_DEFAULT, LONGEST_DEFAULT)
-    if room is not None and max_length > room:
-        raise JobError(
-            f"`data.max_length` is {max_length}, the model has {limit} positions"
-            + (f", {method.virtual_tokens} of them virtual tokens" if method.virtual_tokens else ""),
-            remedy=f"at most data.max_length={room}",
-        )
     packing, why_not = _packing(job, method, model)
     if why_not:
         notes.append(why_not)
-    data = dataclasses.replace(job.data, max_length=max_length, packing=packing)
+    data = dataclasses.replace(job.data, max_length=max_length(job, source, method), packing=packing)
     training = dataclasses.replace(job.training, learning_rate=method.learning_rate)
     return dataclasses.replace(job, data=data, training=training), notes
+
+
+def max_length(job: Job, source: ModelSource, method: MethodTraits) -> int:
+    """The longest sequence in tokens: the job's wish, or what model and method leave. Raises JobError."""
+    limit, wish, virtual = source.max_positions, job.data.max_length, method.virtual_tokens
+    if limit is None:
+        return wish or LONGEST_DEFAULT
+    room = limit - virtual
+    if room < 2:
+        raise JobError(f"{virtual} virtual tokens leave no room in the model's {limit} positions", remedy="fewer virtual tokens")
+    if wish is not None and wish > room:
+        taken = f", {virtual} of them virtual tokens" if virtual else ""
+        raise JobError(f"`data.max_length` is {wish}, the model has {limit} positions{taken}", remedy=f"at most data.max_length={room}")
+    return wish or min(room, LONGEST_DEFAULT)
 
 
 def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, str]:
