@@ -1,9 +1,9 @@
 """The Python face of Sartor: the same steps as the command line, as functions.
 
-    import sartor
+import sartor
 
-    plan = sartor.plan("job.yaml", ["training.epochs=1"])   # data; no weights are read
-    run = sartor.train(plan)
+plan = sartor.plan("job.yaml", ["training.epochs=1"])   # data; no weights are read
+run = sartor.train(plan)
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override keys of the job: training.epochs=1", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Override keys of the job: training.epochs=1", show_default=False),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, a model folder or a hub id.", show_default=False)]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Length limit of an answer, in tokens.", min=1)]

@@ -17,7 +17,6 @@ from sartor.job.hints import suggest
 from sartor.job.schema import Bytes, Job
 from sartor.job.units import parse_bytes
 
-
 _LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
@@ -30,7 +29,9 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in mapping:
-            raise JobError(f"{loader.name}:{key_node.start_mark.line + 1}: `{key}` is given twice", remedy="remove one of the two")
+            raise JobError(
+                f"{loader.name}:{key_node.start_mark.line + 1}: `{key}` is given twice", remedy="remove one of the two"
+            )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -57,7 +58,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Job:
 
 def from_mapping(tree: Mapping[str, Any], *, source: str = "job", lines: Mapping[str, int] | None = None) -> Job:
     """A job from nested mappings, checked like a file. Raises JobError."""
-    job = _Builder(source, lines or {}).build(Job, tree, "")
+    job: Job = _Builder(source, lines or {}).build(Job, tree, "")
     if job.peft is not None and job.method != "peft":
         if "method" in tree:
             raise JobError(f"{source}: `peft` is given, but `method` is {job.method}", remedy="remove one of the two keys")
@@ -88,7 +89,9 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     finally:
         loader.dispose()
     if not isinstance(tree, dict):
-        raise JobError(f"{source} holds no job", why="the file should be `key: value` lines", remedy="give at least `model:` and `data:`")
+        raise JobError(
+            f"{source} holds no job", why="the file should be `key: value` lines", remedy="give at least `model:` and `data:`"
+        )
     return tree
 
 

@@ -112,7 +112,9 @@ class TrainingJob:
     epochs: float = option(3.0, "passes over the data", above=0)
     max_steps: int | None = option(None, "stop after so many optimizer steps, whatever `epochs` says", at_least=1)
     global_batch: int = option(16, "examples per optimizer step; micro-batches and packing do not change it", at_least=1)
-    learning_rate: float | None = option(None, "peak rate; default by method: full 5e-5, lora 2e-4, prefix and prompt 1e-2", above=0)
+    learning_rate: float | None = option(
+        None, "peak rate; default by method: full 5e-5, lora 2e-4, prefix and prompt 1e-2", above=0
+    )
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "shape of the rate after warm-up")
     warmup: float = option(0.03, "warm-up: a share of all steps below 1, a number of steps from 1 on", at_least=0)
     final_rate: float = option(0.0, "rate at the end of the schedule, as a share of the peak", at_least=0, at_most=1)
@@ -166,7 +168,9 @@ class Job:
 
     model: ModelJob = required("which model")
     data: DataJob = required("which data")
-    method: Method = option("lora", "which parameters train: full, lora, prefix (P-tuning v2), prompt, or any `peft` configuration")
+    method: Method = option(
+        "lora", "which parameters train: full, lora, prefix (P-tuning v2), prompt, or any `peft` configuration"
+    )
     lora: LoraJob = option(LoraJob, "options of method lora")
     prefix: PrefixJob = option(PrefixJob, "options of method prefix")
     prompt: PromptJob = option(PromptJob, "options of method prompt")

@@ -53,10 +53,12 @@ def _any_config(given: dict[str, Any] | str | None) -> Any:
     if isinstance(given, str):
         path = Path(given) / "adapter_config.json" if Path(given).is_dir() else Path(given)
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise JobError(f"`peft` names {path}, which cannot be read", why=str(error), remedy="give an adapter_config.json") from None
-    options = dict(given or {})
+            given = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise JobError(
+                f"`peft` names {path}, which cannot be read", why=str(error), remedy="give an adapter_config.json"
+            ) from None
+    options: dict[str, Any] = dict(given or {})
     kinds = sorted(str(kind.value) for kind in peft.PeftType)
     kind = str(options.pop("peft_type", "")).upper()
     if kind not in kinds:
@@ -67,7 +69,9 @@ def _any_config(given: dict[str, Any] | str | None) -> Any:
     try:
         return peft.get_peft_config({"peft_type": kind, **options})
     except (TypeError, ValueError, KeyError) as error:
-        raise JobError(f"PEFT does not take this {kind} configuration", why=str(error), remedy="see PEFT's documentation of it") from None
+        raise JobError(
+            f"PEFT does not take this {kind} configuration", why=str(error), remedy="see PEFT's documentation of it"
+        ) from None
 
 
 def wrap(model: nn.Module, config: Any) -> nn.Module:

@@ -85,7 +85,9 @@ def load_tokenizer(job: ModelJob) -> Any:
     folder = Path(where)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(
-            f"no tokenizer in {folder}", why="neither tokenizer.json nor tokenizer_config.json is there", remedy="give `model.tokenizer`"
+            f"no tokenizer in {folder}",
+            why="neither tokenizer.json nor tokenizer_config.json is there",
+            remedy="give `model.tokenizer`",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
@@ -108,7 +110,9 @@ def explain(path: str, error: Exception, *, what: str = "model") -> ModelError:
         remedy = "read the code in its repository; if you trust it, model.trust_remote_code=true"
         return ModelError(f"the {what} {path} brings Python code of its own", why="Sartor does not run it unasked", remedy=remedy)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return ModelError(f"transformers does not know the architecture of {path}", why=reason, remedy="pip install -U transformers")
+        return ModelError(
+            f"transformers does not know the architecture of {path}", why=reason, remedy="pip install -U transformers"
+        )
     if not Path(path).exists() and isinstance(error, OSError | ValueError):
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else reason

@@ -97,7 +97,9 @@ def max_length(job: Job, source: ModelSource, method: MethodTraits) -> int:
         raise JobError(f"{virtual} virtual tokens leave no room in the model's {limit} positions", remedy="fewer virtual tokens")
     if wish is not None and wish > room:
         taken = f", {virtual} of them virtual tokens" if virtual else ""
-        raise JobError(f"`data.max_length` is {wish}, the model has {limit} positions{taken}", remedy=f"at most data.max_length={room}")
+        raise JobError(
+            f"`data.max_length` is {wish}, the model has {limit} positions{taken}", remedy=f"at most data.max_length={room}"
+        )
     return wish or min(room, LONGEST_DEFAULT)
 
 
@@ -142,14 +144,13 @@ def _choose(
         return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
     last = rejected[-1]
     raise DoesNotFit(
-        f"this job does not fit on {machine.device.torch_name}: even with {last.strategy.describe()} it {last.reason.partition(': ')[2]}",
+        f"this job does not fit on {machine.device.torch_name}: it {last.reason.partition(': ')[2]}",
+        why=f"the smallest strategy tried is: {last.strategy.describe()}",
         remedy="a shorter data.max_length, method lora instead of full, precision bf16, or a smaller model",
     )
 
 
-def _candidates(
-    job: Job, machine: Machine, method: MethodTraits, precision: Precision, samples: TokenSet
-) -> Iterator[Strategy]:
+def _candidates(job: Job, machine: Machine, method: MethodTraits, precision: Precision, samples: TokenSet) -> Iterator[Strategy]:
     """Strategies that honour what the job pins: large micro-batches first, recomputation only when nothing else helps."""
     wanted = job.strategy
     assert isinstance(job.data.packing, bool), "resolved"

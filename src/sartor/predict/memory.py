@@ -96,9 +96,7 @@ def _trace(
 
     def make_step(model: nn.Module, parameters: dict[str, nn.Parameter]) -> TrainStep:
         optimizer = make_optimizer(parameters, job.training)
-        return TrainStep(
-            model, parameters, optimizer, precision=precision, device_kind="cpu", clip_norm=job.training.clip_norm
-        )
+        return TrainStep(model, parameters, optimizer, precision=precision, device_kind="cpu", clip_norm=job.training.clip_norm)
 
     return trace_steps(model, make_step, batches)
 

@@ -27,7 +27,7 @@ class StorageTracker(TorchDispatchMode):
     """Follows every storage from the first operator that returns it until it dies. Works on fake and on real tensors."""
 
     def __init__(self, *, packed: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.phase = "build"
         self._packed = packed

@@ -53,5 +53,7 @@ class Judge(Observer):
         texts = []
         for first in range(0, len(self._prompts), _ROWS):
             prompts = [ids for ids, _ in self._prompts[first : first + _ROWS]]
-            texts += [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generate(model, tokenizer, prompts, sampling)]
+            texts += [
+                tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generate(model, tokenizer, prompts, sampling)
+            ]
         return texts

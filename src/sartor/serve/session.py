@@ -64,7 +64,9 @@ class Session:
         """Token ids of a conversation (ending with the user), or of bare text where the model knows no chat."""
         if not self.chat:
             if not isinstance(prompt, str):
-                raise UsageError("this run was trained on plain text, not on conversations", remedy="`sartor generate` continues text")
+                raise UsageError(
+                    "this run was trained on plain text, not on conversations", remedy="`sartor generate` continues text"
+                )
             return encode_prompt(self.tokenizer, prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return encode_prompt(self.tokenizer, messages)

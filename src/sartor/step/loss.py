@@ -49,9 +49,10 @@ class SumLoss:
         self._keeps_logits = "logits_to_keep" in accepted
         self._takes_cache_flag = "use_cache" in accepted
         config = getattr(model, "active_peft_config", None)
-        prompt = config is not None and config.is_prompt_learning and "PREFIX" not in str(config.peft_type)
-        # Prompt tuning puts its virtual tokens before the row, so every position moves.
-        self._offset = int(config.num_virtual_tokens) if prompt else 0
+        # Prompt tuning puts its virtual tokens before the row, so every position moves; a prefix lives in the cache.
+        self._offset = 0
+        if config is not None and config.is_prompt_learning and "PREFIX" not in str(config.peft_type):
+            self._offset = int(config.num_virtual_tokens)
 
     def __call__(self, model: nn.Module, batch: TensorBatch) -> Tensor:
         kept_K = batch.kept_K + self._offset
@@ -65,9 +66,7 @@ class SumLoss:
         else:
             logits_RKV = model(**inputs).logits[:, kept_K]
         logits_RKV = logits_RKV.float()
-        return F.cross_entropy(
-            logits_RKV.flatten(0, 1), batch.targets_RK.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        return F.cross_entropy(logits_RKV.flatten(0, 1), batch.targets_RK.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def accepts_positions(model_class_forward: Any) -> bool:

@@ -65,4 +65,6 @@ class TrainStep:
 
 def enable_recompute(model: nn.Module) -> None:
     """Drop activations in forward and compute them again in backward, block by block (transformers' own support)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # transformers renamed it in 5.2x; 5.17 knows the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]

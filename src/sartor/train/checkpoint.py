@@ -82,7 +82,9 @@ def _write(partial: Path, state: TrainState, progress: Progress) -> None:
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     state.tokenizer.save_pretrained(partial)
     if state.adapter:
-        save_file({name: _plain(parameter) for name, parameter in state.parameters.items()}, partial / "state/trained.safetensors")
+        save_file(
+            {name: _plain(parameter) for name, parameter in state.parameters.items()}, partial / "state/trained.safetensors"
+        )
     save_file(_optimizer_tensors(state), partial / "state/optimizer.safetensors")
     save_file(_random_state(), partial / "state/random.safetensors")
     (partial / "state/progress.json").write_text(json.dumps(dataclasses.asdict(progress), indent=1), encoding="utf-8")
@@ -115,9 +117,7 @@ def find(folder: Path, wanted: str | None, say: Callable[[str], None]) -> Path |
         damaged.append(f"{path.name}: {damage}")
         say(f"{path.name} is damaged ({damage}); looking for an older one")
     if damaged:
-        raise RunError(
-            f"no checkpoint in {folder} is intact", why="; ".join(damaged), remedy="start again with another `output`"
-        )
+        raise RunError(f"no checkpoint in {folder} is intact", why="; ".join(damaged), remedy="start again with another `output`")
     return None
 
 

@@ -31,9 +31,7 @@ def owned(folder: Path, *, resume: bool) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UsageError(
-                f"{folder} is in use by another run", remedy="wait for it, or choose another `output`"
-            ) from None
+            raise UsageError(f"{folder} is in use by another run", remedy="wait for it, or choose another `output`") from None
         if not resume and (folder / "metrics.jsonl").exists():
             raise UsageError(
                 f"{folder} holds a run already",

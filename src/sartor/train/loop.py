@@ -1,8 +1,8 @@
 """The training loop: the only one. Read it from top to bottom.
 
-    fit            prepare → (evaluate) → steps → (evaluate) → publish → record
-    _train         the steps themselves
-    _evaluate      held-out loss
+fit            prepare → (evaluate) → steps → (evaluate) → publish → record
+_train         the steps themselves
+_evaluate      held-out loss
 """
 
 from __future__ import annotations

@@ -40,9 +40,7 @@ def memory_outcome(plan: Plan) -> MemoryOutcome:
     return MemoryOutcome(forecast_bytes=expected, measured_bytes=measured, measured_name=name, error_percent=error)
 
 
-def record(
-    plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, finished: bool
-) -> Run:
+def record(plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, finished: bool) -> Run:
     """The run in one object."""
     losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
     return Run(

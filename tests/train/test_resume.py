@@ -1,0 +1,163 @@
+"""Killed, stopped, damaged: a run goes on as if nothing had happened, or says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import sartor
+from sartor.errors import Interrupted, RunError
+from sartor.train import read_metrics
+
+
+def weights(folder: str | Path) -> dict[str, Any]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(folder: str | Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(Path(folder)) if "loss" in line]
+
+
+def assert_same_run(one: str | Path, other: str | Path) -> None:
+    """Bit for bit: every loss, every weight."""
+    assert losses(one) == losses(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.equal(second[name]), name
+
+
+class StopAt(sartor.Observer):
+    """Sends this process a signal when a step is done."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def stepped(self, record: Any) -> None:
+        if record.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_exactly(
+    job_tree: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    with pytest.raises(Interrupted) as stopped:
+        sartor.train(job_tree, observers=[StopAt(2, number)])
+    assert stopped.value.exit_code == 128 + number
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+    resumed = sartor.train(job_tree, resume="latest")
+    assert resumed.steps == whole.steps == 6
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed_is_the_uninterrupted_run(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"] |= {"epochs": 30, "save_every": 7}
+    whole = {**job_tree, "output": str(tmp_path / "whole")}
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(job_tree), encoding="utf-8")
+    sartor.train(whole)
+    command = [sys.executable, "-m", "sartor", "train", str(job_file)]
+    metrics = tmp_path / "run/metrics.jsonl"
+    kill_after = random.randint(8, 60)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(losses(tmp_path / "run")) < kill_after:
+        assert process.poll() is None, f"the run ended before it was killed: {process.stderr.read().decode()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    reached = len(losses(tmp_path / "run"))
+    assert kill_after <= reached < 90
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert metrics.exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+def test_adapters_resume_exactly_with_dropout(job_tree: dict[str, Any], tmp_path: Path, method: str) -> None:
+    job_tree |= {"method": method, "lora": {"dropout": 0.1}, "prefix": {"length": 4, "projection": True}, "prompt": {"length": 4}}
+    job_tree["training"]["save_every"] = 3
+    sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    with pytest.raises(Interrupted):
+        sartor.train(job_tree, observers=[StopAt(3, signal.SIGTERM)])
+    sartor.train(job_tree, resume="latest")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+    state = "checkpoint-6/state/trained.safetensors"
+    one, other = load_file(tmp_path / "whole" / state), load_file(tmp_path / "run" / state)
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def _damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"]["save_every"] = 2
+    sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    with pytest.raises(Interrupted):
+        sartor.train(job_tree, observers=[StopAt(4, signal.SIGTERM)])
+    damaged = tmp_path / "run/checkpoint-4/state/optimizer.safetensors"
+    _damage(damaged)
+    said: list[str] = []
+
+    class Listener(sartor.Observer):
+        def said(self, text: str) -> None:
+            said.append(text)
+
+    with pytest.raises(RunError, match=r"optimizer\.safetensors has changed"):
+        sartor.train(job_tree, resume="checkpoint-4")
+    sartor.train(job_tree, resume="latest", observers=[Listener()])
+    assert any("checkpoint-4 is damaged" in text for text in said)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_half_written_checkpoint_is_passed_over(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"]["save_every"] = 2
+    with pytest.raises(Interrupted):
+        sartor.train(job_tree, observers=[StopAt(4, signal.SIGTERM)])
+    weights_file = tmp_path / "run/checkpoint-4/model.safetensors"
+    os.truncate(weights_file, weights_file.stat().st_size // 2)
+    (tmp_path / "run/.checkpoint-5.partial").mkdir()  # what kill -9 in the middle of a save leaves
+    run = sartor.train(job_tree, resume="latest")
+    assert run.status == "finished"
+
+
+def test_another_job_is_not_resumed(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        sartor.train(job_tree, observers=[StopAt(2, signal.SIGTERM)])
+    job_tree["training"]["learning_rate"] = 5e-4
+    with pytest.raises(RunError, match="not the run that was stopped"):
+        sartor.train(job_tree, resume="latest")
+
+
+def test_keeps_the_last_checkpoints_and_ends_with_the_best(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"] |= {"epochs": 6, "save_every": 3, "keep_last": 2, "keep_best": True, "learning_rate": 0.05}
+    job_tree["evaluation"] |= {"fraction": 0.3, "every": 3}
+    run = sartor.train(job_tree)
+    evaluated = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    del evaluated[0]
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert run.checkpoint == f"checkpoint-{best}"
+    kept = {int(path.name.removeprefix("checkpoint-")) for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {best} | set(sorted(range(3, run.steps + 1, 3))[-2:])
+    for name, tensor in weights(tmp_path / "run").items():
+        assert tensor.equal(weights(tmp_path / f"run/checkpoint-{best}")[name])
