@@ -203,7 +203,7 @@ def _first_line_is_json(file: Path) -> bool:
 def _read_json_lines(file: Path, documents: str) -> Iterator[Record]:
     for number, line in _lines(file):
         if line.strip():
-            yield Record(value=_parse_json(line, file, line=number), source=f"{file}:{number}")
+            yield Record(value=_parse_json(line.rstrip(), file, line=number), source=f"{file}:{number}")
 
 
 def _read_csv(file: Path, documents: str) -> Iterator[Record]:

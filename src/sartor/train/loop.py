@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sartor.errors import Interrupted
+from sartor.errors import Interrupted, RunError
 from sartor.job import to_yaml
 from sartor.plan import Plan
 from sartor.step import TensorBatch, learning_rate
@@ -42,8 +42,6 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         # -- 1. where the run stands, and its live objects
         wanted = None if resume == RESUME_LATEST else resume
         checkpoint = saved.find(folder, wanted, watchers.said) if resume is not None else None
-        files.write_text(folder / "job.yaml", to_yaml(plan.job))
-        files.write_text(folder / "plan.yaml", plan.to_yaml())
         reset_peaks(plan)
         bench = set_up(plan, checkpoint)
         state = TrainState(
@@ -62,6 +60,8 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
             check_identity(plan, bench.sets, progress.identity)
             saved.restore(checkpoint, state)
             watchers.said(f"going on after step {progress.step} from {checkpoint.name}")
+        files.write_text(folder / "job.yaml", to_yaml(plan.job))
+        files.write_text(folder / "plan.yaml", plan.to_yaml())
         # -- 2. the steps
         metrics = MetricsWriter(folder, step=progress.step, tensorboard=plan.job.training.tensorboard)
         watchers = Observers(metrics, *observers)
@@ -72,15 +72,16 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         finally:
             metrics.close()
         # -- 3. the result
-        final = _final_checkpoint(plan, bench, state, progress, folder, finished=not stop)
+        finished = progress.step == plan.total_steps
+        final = _final_checkpoint(plan, bench, state, progress, folder, finished=finished)
         saved.publish(final, folder)
         memory = memory_outcome(plan)
-        if not stop:
+        if finished:
             watchers.trained(bench.model, bench.tokenizer, bench.sets)
-        run = record(plan, folder, progress, final, memory, finished=not stop)
+        run = record(plan, folder, progress, final, memory, finished=finished)
         run.save()
         watchers.finished(run)
-        if stop:
+        if not finished:
             raise Interrupted(
                 f"stopped by signal {stop.signal_number} after step {progress.step} of {plan.total_steps}; saved in {final}",
                 signal_number=stop.signal_number or 0,
@@ -94,65 +95,68 @@ def _train(
 ) -> Progress:
     """Steps from `progress` to the end or to a stop signal; returns the progress, which is saved."""
     training, evaluation = plan.job.training, plan.job.evaluation
-    assert training.learning_rate is not None, "a plan's job is resolved"
-    total = plan.total_steps
-    watchers.started(progress.step, total)
+    watchers.started(progress.step, plan.total_steps)
     if progress.step == 0 and bench.sets.held_out is not None:
         progress = _evaluate(plan, bench, progress, watchers)
-    bench.model.train()
-    while progress.step < total and not stop:
-        # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
-        start = time.perf_counter()
-        number = progress.step
-        batches = bench.batches(plan, bench.sets.train, bench.order.indices(number))
-        trained_tokens = sum(batch.trained_tokens for batch in batches)
-        tokens = sum(batch.tokens for batch in batches)
-
-        # Forward and backward; the loss is normalised by the trained tokens of the whole step (LLaMA-Factory, TRL and
-        # Trainer long averaged micro-batches, which weighs tokens by accident: transformers#34191).
-        gradients = bench.step.backward([TensorBatch.of(batch, plan.strategy.device) for batch in batches], trained_tokens)
-        losses = torch.stack(gradients.losses).tolist()
-        norm = float(gradients.norm)
-
-        # A step that is not finite is not taken: the weights stay as they were, and are saved.
-        if not all(map(math.isfinite, [*losses, norm])):
-            bench.step.discard()
+    while progress.step < plan.total_steps and not stop:
+        try:
+            progress = _step(plan, bench, progress, watchers)
+        except RunError:  # a loss that is not finite: the step was not taken, the weights are good
             saved.save(folder, state, progress)
-            raise not_finite(bench, batches, losses, norm, number)
-        rate = learning_rate(number, total, training, peak=training.learning_rate)
-        bench.step.update(rate)
-
-        # Account for it.
-        seconds = time.perf_counter() - start
-        progress = dataclasses.replace(
-            progress,
-            step=number + 1,
-            seconds=progress.seconds + seconds,
-            tokens=progress.tokens + tokens,
-            trained_tokens=progress.trained_tokens + trained_tokens,
-        )
-        watchers.stepped(
-            StepRecord(
-                step=progress.step,
-                epoch=bench.order.epoch_of(progress.step),
-                loss=sum(losses) / trained_tokens,
-                grad_norm=norm,
-                learning_rate=rate,
-                tokens=tokens,
-                trained_tokens=trained_tokens,
-                tokens_per_second=tokens / seconds,
-                seconds=progress.seconds,
-            )
-        )
-        last = progress.step == total
+            raise
+        last = progress.step == plan.total_steps
         if bench.sets.held_out is not None and (last or _due(evaluation.every, progress.step)):
             progress = _evaluate(plan, bench, progress, watchers)
-            bench.model.train()
         is_best = training.keep_best and progress.best_step == progress.step
         if last or stop or is_best or _due(training.save_every, progress.step):
             watchers.saved(saved.save(folder, state, progress))
             best = {progress.best_step} if training.keep_best and progress.best_step else set()
             saved.prune(folder, keep_last=training.keep_last, keep=best)
+    return progress
+
+
+def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> Progress:
+    """One optimizer step. Raises RunError, naming the examples, where loss or gradient is not finite."""
+    start = time.perf_counter()
+    bench.model.train()
+    # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
+    batches = bench.batches(plan, bench.sets.train, bench.order.indices(progress.step))
+    trained_tokens = sum(batch.trained_tokens for batch in batches)
+
+    # The loss is normalised by the trained tokens of the whole step: averaging micro-batches would weigh a token by the
+    # company it happens to be in (transformers#34191).
+    gradients = bench.step.backward([TensorBatch.of(batch, plan.strategy.device) for batch in batches], trained_tokens)
+    losses, norm = torch.stack(gradients.losses).tolist(), float(gradients.norm)
+    if not all(map(math.isfinite, [*losses, norm])):
+        bench.step.discard()
+        raise not_finite(bench, batches, losses, norm, progress.step)
+
+    training = plan.job.training
+    assert training.learning_rate is not None, "a plan's job is resolved"
+    rate = learning_rate(progress.step, plan.total_steps, training, peak=training.learning_rate)
+    bench.step.update(rate)
+
+    tokens, seconds = sum(batch.tokens for batch in batches), time.perf_counter() - start
+    progress = dataclasses.replace(
+        progress,
+        step=progress.step + 1,
+        seconds=progress.seconds + seconds,
+        tokens=progress.tokens + tokens,
+        trained_tokens=progress.trained_tokens + trained_tokens,
+    )
+    watchers.stepped(
+        StepRecord(
+            step=progress.step,
+            epoch=bench.order.epoch_of(progress.step),
+            loss=sum(losses) / trained_tokens,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            trained_tokens=trained_tokens,
+            tokens_per_second=tokens / seconds,
+            seconds=progress.seconds,
+        )
+    )
     return progress
 
 
