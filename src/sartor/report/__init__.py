@@ -1,0 +1,23 @@
+"""What users see: the plan, the run while it goes and afterwards, on the terminal and as a page."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sartor.report.terminal import show_machine, show_plan, show_run
+
+if TYPE_CHECKING:
+    from sartor.report.html import write_report
+    from sartor.report.progress import Progress
+
+__all__ = ["Progress", "show_machine", "show_plan", "show_run", "write_report"]
+
+_LATE = {"Progress": "sartor.report.progress", "write_report": "sartor.report.html"}
+
+
+def __getattr__(name: str) -> Any:
+    """These need the training room, which showing a plan must not import."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name]), name)

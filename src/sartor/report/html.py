@@ -1,0 +1,187 @@
+"""The run as one self-contained page: no script, no network, light and dark, printable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from sartor.job.units import format_bytes, format_seconds
+from sartor.plan import Plan
+from sartor.report import facts
+from sartor.report.curves import Point, finite, smooth, thin
+from sartor.report.svg import Series, line_chart
+from sartor.train.folder import write_text
+from sartor.train.record import Run
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_LONG_TEXT = 360
+_OPEN_ANSWERS = 8
+_MOST_ANSWERS = 200
+_FEWEST_SMOOTHED = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A number at the top of the page. `before` is where it came from, `note` what it means."""
+
+    label: str
+    value: str
+    before: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a bar: its share of the width in percent."""
+
+    css: str
+    name: str
+    size: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A named bar of the memory chart."""
+
+    name: str
+    total: str
+    segments: tuple[Segment, ...]
+
+
+def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write `report.html` at `path`, whole or not at all. `metrics`: the lines of metrics.jsonl. Raises RunError."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = facts.visible
+    losses, held_out = _column(metrics, "loss"), _column(metrics, "eval_loss")
+    page = environment.get_template("report.html.jinja").render(
+        plan=plan,
+        run=run,
+        title=_title(plan.job.model.path),
+        headlines=_headlines(plan, run),
+        loss_chart=_loss_chart(losses, held_out),
+        smoothed=len(losses) >= _FEWEST_SMOOTHED,
+        has_losses=bool(losses),
+        has_held_out=bool(held_out),
+        speed_chart=_speed_chart(_column(metrics, "tokens_per_second")),
+        bars=_memory_bars(plan, run),
+        legend=[(part.key, part.name, format_bytes(part.size_bytes)) for part in facts.memory_parts(plan.forecast)],
+        memory_words=facts.memory_words(run.memory),
+        available=_available_words(plan),
+        facts=facts.plan_facts(plan),
+        machine=facts.machine_facts(plan.machine),
+        rejected=[(facts.differences(plan.strategy, other.strategy), other.reason) for other in plan.rejected],
+        notes=[*plan.notes, *plan.data.notes],
+        answers=run.answers[:_MOST_ANSWERS],
+        open_answers=_OPEN_ANSWERS,
+        is_exact=facts.is_exact,
+        long_text=_LONG_TEXT,
+        commands=facts.commands(run),
+        snippet=facts.snippet(plan, run),
+        duration=format_seconds(run.seconds),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _title(model: str) -> str:
+    """A short name of the model: the last part of its path or hub id that says something."""
+    return next((part for part in reversed(Path(model).parts) if part != "config.json"), model)
+
+
+def _column(metrics: Sequence[dict[str, Any]], name: str) -> list[Point]:
+    return finite((line.get("step"), line[name]) for line in metrics if name in line)
+
+
+def _headlines(plan: Plan, run: Run) -> list[Headline]:
+    """What a reader wants to know first; what is not known has no place here."""
+    shown = []
+    if run.last_eval_loss is not None:
+        shown.append(_number("held-out loss", run.first_eval_loss, run.last_eval_loss, ".3f", "nats per token"))
+    elif run.last_loss is not None:
+        shown.append(_number("training loss", run.first_loss, run.last_loss, ".3f", "nats per token, first and last step"))
+    if run.exact_match_after is not None:
+        prompts = "held-out prompts" if plan.data.held_out_samples else "training prompts"
+        note = f"of {len(run.answers):,} {prompts}" if run.answers else prompts
+        shown.append(_number("exact match", run.exact_match_before, run.exact_match_after, ".0%", note))
+    shown.append(Headline(label="speed", value=f"{run.tokens_per_second:,.0f}", note="tokens per second"))
+    shown.append(
+        Headline(label="duration", value=format_seconds(run.seconds), note=f"{run.steps:,} of {run.total_steps:,} steps")
+    )
+    memory = run.memory
+    if memory.error_percent is not None:
+        sign = "−" if memory.error_percent < 0 else "+"
+        value = f"{sign}{abs(memory.error_percent):.1f}%"
+        shown.append(
+            Headline(label="memory forecast", value=value, note=f"against {format_bytes(memory.measured_bytes)} measured")
+        )
+    else:
+        shown.append(Headline(label="memory", value=format_bytes(memory.measured_bytes), note="measured; no forecast"))
+    return shown
+
+
+def _number(label: str, before: float | None, after: float, form: str, note: str) -> Headline:
+    return Headline(label=label, before="" if before is None else f"{before:{form}}", value=f"{after:{form}}", note=note)
+
+
+def _span(points: Sequence[Point]) -> int:
+    return max(7, len(points) // 25)
+
+
+def _loss_chart(losses: list[Point], held_out: list[Point]) -> Markup:
+    enough = len(losses) >= _FEWEST_SMOOTHED
+    line = smooth(losses, _span(losses)) if enough else []
+    series = [
+        Series(name="training loss", css="raw" if enough else "line", points=thin(losses)),
+        Series(name="smoothed", css="line", points=thin(line)),
+        Series(name="held-out loss", css="held", points=thin(held_out)),
+        Series(name="held-out loss", css="held", points=thin(held_out, 60), mark="dots"),
+    ]
+    return line_chart(series, title="Loss by step", x_label="step", y_label="loss, nats per token")
+
+
+def _speed_chart(speeds: list[Point]) -> Markup:
+    enough = len(speeds) >= _FEWEST_SMOOTHED
+    series = [
+        Series(name="tokens per second", css="raw" if enough else "line", points=thin(speeds)),
+        Series(name="smoothed", css="line", points=thin(smooth(speeds, _span(speeds)) if enough else [])),
+    ]
+    return line_chart(series, title="Speed by step", x_label="step", y_label="tokens per second", height=210, from_zero=True)
+
+
+def _memory_bars(plan: Plan, run: Run) -> list[Bar]:
+    """Forecast above measurement, on one scale."""
+    measured, parts = run.memory.measured_bytes, facts.memory_parts(plan.forecast)
+    forecast = sum(part.size_bytes for part in parts)
+    scale = max(forecast, measured, 1) / 100
+    bars = []
+    if parts:
+        segments = [
+            Segment(css=part.key, name=part.name, size=format_bytes(part.size_bytes), share=round(part.size_bytes / scale, 2))
+            for part in parts
+        ]
+        bars.append(Bar(name="forecast", total=format_bytes(forecast), segments=tuple(segments)))
+    one = Segment(css="measured", name=run.memory.measured_name, size=format_bytes(measured), share=round(measured / scale, 2))
+    bars.append(Bar(name="measured", total=format_bytes(measured), segments=(one,)))
+    return bars
+
+
+def _available_words(plan: Plan) -> str:
+    """The forecast's verdict in a sentence."""
+    forecast = plan.forecast
+    if forecast.process_bytes is None:
+        return forecast.reason
+    share = facts.percent(forecast.process_bytes, forecast.available_bytes)
+    moment = facts.peak_moment(forecast)
+    return f"{forecast.reason} ({share})" + (f", {moment}" if moment else "")
