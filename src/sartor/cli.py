@@ -68,7 +68,8 @@ def train(
     console = _console()
     made = api.plan(job, overrides or ())
     show_plan(made, console)
-    run = api.train(made, resume=checkpoint or ("latest" if resume else None), observers=[Progress(console)])
+    with Progress(console) as progress:
+        run = api.train(made, resume=checkpoint or ("latest" if resume else None), observers=[progress])
     show_run(run, console)
 
 

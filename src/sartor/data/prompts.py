@@ -12,6 +12,7 @@ from sartor.data.tokens import Sample
 from sartor.errors import DataError
 
 _LONGEST_TEXT_PROMPT = 32
+_SENTINEL = "XqZ7sartorZqX"
 
 
 def prompt_and_reference(sample: Sample, tokenizer: Any) -> tuple[list[int], str]:
@@ -29,6 +30,17 @@ def prompt_and_reference(sample: Sample, tokenizer: Any) -> tuple[list[int], str
         first = max(1, min(len(sample) // 4, _LONGEST_TEXT_PROMPT))
     reference = tokenizer.decode(sample.input_ids[first:end].tolist(), skip_special_tokens=True)
     return sample.input_ids[:first].tolist(), reference.strip()
+
+
+def readable_prompt(ids: Sequence[int], tokenizer: Any) -> str:
+    """What the user said in a prompt of one turn; other prompts as they are, special tokens left out."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    if tokenizer.chat_template:
+        before, _, after = _invitation(tokenizer, [{"role": "user", "content": _SENTINEL}]).partition(_SENTINEL)
+        inner = text.removeprefix(before).removesuffix(after)
+        if len(inner) == len(text) - len(before) - len(after) and not (after and after in inner):
+            return inner.strip()
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> list[int]:

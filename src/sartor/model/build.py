@@ -57,7 +57,7 @@ def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: st
         torch.manual_seed(seed)
         return _from_config(source, dtype, attention).to(device)
     try:
-        with _quiet():
+        with quiet():
             model, info = auto_class(source.config).from_pretrained(
                 source.path,
                 config=source.config,
@@ -81,7 +81,7 @@ def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: st
 
 def _from_config(source: ModelSource, dtype: torch.dtype, attention: str | None) -> nn.Module:
     try:
-        with _quiet():
+        with quiet():
             return auto_class(source.config).from_config(  # type: ignore[no-any-return]
                 source.config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
             )
@@ -92,7 +92,7 @@ def _from_config(source: ModelSource, dtype: torch.dtype, attention: str | None)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading bars and advice of transformers stay off: what matters is checked and said by Sartor."""
     from transformers.utils import logging
 

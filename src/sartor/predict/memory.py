@@ -54,25 +54,20 @@ def forecast_memory(
     attention: str | None,
 ) -> MemoryForecast:
     """Trace two steps of the job over `batches` and compare the peak with the device's memory."""
-    on_cpu = machine.device.kind == "cpu"
-    baseline = resident_bytes() if on_cpu else 0
-    available = min(machine.device.available_bytes + baseline, machine.device.total_bytes)
     start = time.perf_counter()
+    peak, reason = None, ""
     try:
         peak = _trace(job, source, batches, precision=precision, recompute=recompute, attention=attention).peak()
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        return MemoryForecast(
-            verdict="cannot say",
-            reason=reason,
-            peak=None,
-            process_bytes=None,
-            baseline_bytes=baseline,
-            available_bytes=available,
-            trace_seconds=time.perf_counter() - start,
-        )
-    needed = baseline + peak.total_bytes
-    verdict, reason = _judge(needed, available)
+    seconds = time.perf_counter() - start
+    # Measured after tracing: by then the libraries that training needs are loaded.
+    baseline = resident_bytes() if machine.device.kind == "cpu" else 0
+    available = min(machine.device.available_bytes + baseline, machine.device.total_bytes)
+    needed = None if peak is None else baseline + peak.total_bytes
+    verdict: Verdict = "cannot say"
+    if needed is not None:
+        verdict, reason = _judge(needed, available)
     return MemoryForecast(
         verdict=verdict,
         reason=reason,
@@ -80,7 +75,7 @@ def forecast_memory(
         process_bytes=needed,
         baseline_bytes=baseline,
         available_bytes=available,
-        trace_seconds=time.perf_counter() - start,
+        trace_seconds=seconds,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sartor.data import DataSets, prompt_and_reference
+from sartor.data import DataSets, prompt_and_reference, readable_prompt
 from sartor.job.schema import EvaluationJob
 from sartor.serve.session import Sampling, generate
 from sartor.train import Answer, Observer
@@ -32,7 +32,7 @@ class Judge(Observer):
         after = self._answer(model, tokenizer)
         self.answers = tuple(
             Answer(
-                prompt=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                prompt=readable_prompt(ids, tokenizer),
                 reference=reference,
                 before=before,
                 after=now,

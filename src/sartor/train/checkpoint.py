@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sartor.errors import RunError, UsageError
+from sartor.model.build import quiet
 from sartor.train import folder as files
 
 MANIFEST = "manifest.json"
@@ -76,8 +76,7 @@ def save(folder: Path, state: TrainState, progress: Progress) -> Path:
 
 def _write(partial: Path, state: TrainState, progress: Progress) -> None:
     (partial / "state").mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         state.model.save_pretrained(partial)  # type: ignore[operator]
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     state.tokenizer.save_pretrained(partial)
