@@ -26,8 +26,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _default_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Tiny models: threads would only wait for each other."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -102,6 +104,6 @@ def job_tree(tiny: Path, tmp_path: Path) -> dict[str, Any]:
         "method": "full",
         "training": {"epochs": 2, "global_batch": 8, "learning_rate": 1e-3, "tensorboard": False},
         "evaluation": {"generate": 0},
-        "machine": {"device": "cpu"},
+        "machine": {"device": "cpu", "threads": 1},
         "output": str(tmp_path / "run"),
     }

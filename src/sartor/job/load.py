@@ -51,14 +51,16 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     except OSError as error:
         raise JobError(f"cannot read {path}", why=str(error)) from None
     tree = _parse(text, str(path))
+    places = {key: f"{path}:{line}" for key, line in _key_lines(text).items()}
     for override in overrides:
         _apply(tree, override)
-    return from_mapping(tree, source=str(path), lines=_key_lines(text))
+        places[override.partition("=")[0]] = "command line"
+    return from_mapping(tree, source=str(path), places=places)
 
 
-def from_mapping(tree: Mapping[str, Any], *, source: str = "job", lines: Mapping[str, int] | None = None) -> Job:
-    """A job from nested mappings, checked like a file. Raises JobError."""
-    job: Job = _Builder(source, lines or {}).build(Job, tree, "")
+def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mapping[str, str] | None = None) -> Job:
+    """A job from nested mappings, checked like a file. `places`: where each dotted key stands. Raises JobError."""
+    job: Job = _Builder(source, places or {}).build(Job, tree, "")
     if job.peft is not None and job.method != "peft":
         if "method" in tree:
             raise JobError(f"{source}: `peft` is given, but `method` is {job.method}", remedy="remove one of the two keys")
@@ -142,12 +144,11 @@ def _section_type(owner: Any, name: str) -> Any:
 class _Builder:
     """Checks plain mappings against the schema's types and limits."""
 
-    def __init__(self, source: str, lines: Mapping[str, int]) -> None:
-        self.source, self.lines = source, lines
+    def __init__(self, source: str, places: Mapping[str, str]) -> None:
+        self.source, self.places = source, places
 
     def error(self, key: str, what: str, *, why: str = "", remedy: str = "") -> JobError:
-        place = f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
-        return JobError(f"{place}: {what}", why=why, remedy=remedy)
+        return JobError(f"{self.places.get(key, self.source)}: {what}", why=why, remedy=remedy)
 
     def build(self, cls: Any, tree: Any, prefix: str) -> Any:
         tree = self._mapping(cls, tree, prefix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from sartor.errors import JobError
 from sartor.job.schema import Job
+from sartor.model.build import quiet
 
 NO_PACKING = ("prefix", "prompt")
 """Methods whose virtual tokens stand before a row, so that a row can hold one example only."""
@@ -79,8 +79,7 @@ def wrap(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         why = " ".join(str(error).split())[:300]

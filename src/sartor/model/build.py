@@ -20,7 +20,12 @@ def auto_class(config: Any) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     kind = type(config)
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    # BERT and its kin are in the causal mapping too, but attend to both sides unless `is_decoder` says otherwise.
+    encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     for mapping, cls in (
+        *(((auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),) if encoder_decoder else ()),
+        *(((auto.MODEL_FOR_MASKED_LM_MAPPING, transformers.AutoModelForMaskedLM),) if encoder else ()),
         (auto.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
         (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
         (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
@@ -37,7 +42,8 @@ def auto_class(config: Any) -> Any:
 def check_trainable(source: ModelSource) -> None:
     """Refuse what the training loop does not train (yet). Raises ModelError."""
     name = auto_class(source.config).__name__
-    if name not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+    decoder = name in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    if not decoder or getattr(source.config, "is_encoder_decoder", False):
         raise ModelError(
             f"{source.path} is no decoder ({type(source.config).__name__})",
             why="so far Sartor trains decoders: models that predict the next token",

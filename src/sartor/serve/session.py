@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from sartor.job import from_mapping
 from sartor.job.schema import MachineJob, ModelJob
 from sartor.machine import probe
 from sartor.model import build, check_trainable, load_tokenizer, resolve
+from sartor.model.build import quiet
 
 Message = dict[str, str]
 
@@ -116,8 +116,7 @@ def generate(
     if stop_strings:
         options |= {"stop_strings": stop_strings, "tokenizer": tokenizer}
     model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         output = model.generate(
             input_ids=input_ids,
             attention_mask=mask,
@@ -170,7 +169,8 @@ def _adapted(job: ModelJob, files: Path, device: str) -> nn.Module:
 
     model = _plain_model(job, device)
     try:
-        return peft.PeftModel.from_pretrained(model, str(files)).eval()  # type: ignore[no-any-return]
+        with quiet():
+            return peft.PeftModel.from_pretrained(model, str(files)).eval()  # type: ignore[no-any-return]
     except Exception as error:
         raise ModelError(f"cannot load the adapter in {files}", why=" ".join(str(error).split())[:300]) from error
 

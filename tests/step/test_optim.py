@@ -1,0 +1,46 @@
+"""The learning rate and what decays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sartor.job.schema import PrecisionJob, TrainingJob
+from sartor.step import Precision, learning_rate, make_optimizer
+
+
+def rates(**options: object) -> list[float]:
+    job = TrainingJob(**options)  # type: ignore[arg-type]
+    return [learning_rate(step, 100, job, peak=1.0) for step in range(100)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warms_up_then_follows_its_schedule(schedule: str) -> None:
+    curve = rates(schedule=schedule, warmup=0.1)
+    assert 0 < curve[0] < 0.2
+    assert curve[:10] == sorted(curve[:10])
+    assert max(curve) == pytest.approx(1.0)
+    assert curve[10:] == sorted(curve[10:], reverse=True)
+    assert (curve[-1] == 1.0) == (schedule == "constant")
+
+
+def test_warm_up_in_steps_and_a_final_rate() -> None:
+    curve = rates(schedule="linear", warmup=5, final_rate=0.1)
+    assert curve[5] == pytest.approx(1.0)
+    assert 0.1 <= curve[-1] < 0.12
+
+
+def test_only_matrices_decay() -> None:
+    layer = nn.Linear(3, 3)
+    optimizer = make_optimizer(dict(layer.named_parameters()), TrainingJob(weight_decay=0.5))
+    decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert decays == {id(layer.weight): 0.5, id(layer.bias): 0.0}
+
+
+def test_precision_modes() -> None:
+    assert Precision.resolve(PrecisionJob(), "cpu").mode == "float32"
+    assert Precision.resolve(PrecisionJob(), "cuda").mode == "bf16-mixed"
+    assert Precision(mode="bf16-mixed").load_dtype(adapter=True) == torch.bfloat16
+    assert Precision(mode="bf16-mixed").load_dtype(adapter=False) == torch.float32
+    assert Precision(mode="bf16").load_dtype(adapter=False) == torch.bfloat16
