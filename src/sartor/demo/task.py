@@ -15,7 +15,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from sartor.demo.world import ITEMS, NAMES, WEATHER, Fact, capitalised, draw
+from sartor.demo.world import COLOURLESS, ITEMS, NAMES, WEATHER, Fact, capitalised, draw
 
 FORMS = (  # {there}, {place} and {then}, {day} tell the place and the day; {other} is somebody who does not count
     "{who} {verb} {things}.",
@@ -41,7 +41,7 @@ FORMS = (  # {there}, {place} and {then}, {day} tell the place and the day; {oth
     "The {place} was quiet when {who} {verb} {things}.",
     "{who} went to the {place} {then} and {verb} {things}.",
     "On a {weather} {day} {who} {verb} {things} {there}.",
-    "{things}: that is what {who} {verb} {there}.",
+    "Everybody knows of {things} that {who} {verb} {there}.",
 )
 VERBS = (
     "bought", "found", "lost", "brought", "sold", "painted", "carried", "cleaned", "packed", "borrowed", "wanted",
@@ -76,7 +76,7 @@ def _drawn(rng: Random) -> Iterator[tuple[Fact, str, str]]:
     """Facts with their sentence and answer, without end."""
     while True:
         fact, form = draw(rng, least=1), rng.choice(FORMS)
-        if rng.random() < 0.25:
+        if rng.random() < COLOURLESS:
             fact = replace(fact, colour=None)
         slots = {
             "who": fact.who, "other": rng.choice([name for name in NAMES if name != fact.who]), "verb": rng.choice(VERBS),

@@ -7,7 +7,7 @@ quotations, so a model learns grammar, and to find and copy what was said. Every
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 NAMES = (
@@ -67,6 +67,10 @@ EVENTS = (  # how a fact is told first
     "{who} cleaned {things} {there} {then}.",
     "{then} {who} packed {things} and hid the box {there}.",
     "It was {weather}, and {who} showed {other} {things} {there}.",
+    "{things} were sold by {who} {there}.",
+    "{things} are what {who} found {then}.",
+    "{things}: {who} brought so many.",
+    "{other} was there, and {who} made {things}.",
 )
 AGAIN = (  # how it is told again
     "{who} still has {things}.",
@@ -145,8 +149,8 @@ ECHO_STYLES = (
     '"{word}": "{word}"',
     '"{word}" is {word}',
     'The word {word} is written "{word}".',
-    "On {word} and on {word}.",
-    "The {word} is a {word}.",
+    "After {word} comes {word} again.",
+    "The word is {word}; yes, {word}.",
 )
 BRIEF_FORMS = (  # a short fact, and what can be asked about it
     ("{who} has {things}.", ("who", "count", "colour", "item")),
@@ -156,8 +160,12 @@ BRIEF_FORMS = (  # a short fact, and what can be asked about it
     ("{who} came to the {place} {then}.", ("who", "place", "day")),
     ("{then} {who} had {things}.", ("who", "count", "colour", "item", "day")),
     ("{there} there are {things}.", ("count", "colour", "item", "place")),
+    ("{things} belong to {who}.", ("who", "count", "colour", "item")),
+    ("{things}, said {who}.", ("who", "count", "colour", "item")),
 )
 BRIEF_STYLES = ("{key}: {value}", '{key}: "{value}"', '"{key}": "{value}"', 'The {key} is "{value}".', "The {key} is {value}.")
+COLOURLESS = 0.25
+"""Share of facts told in notes, or as examples of the task, that have no colour."""
 EVERYTHING = (*NAMES, *DAYS, *COLOURS, *PLACES, *ITEMS, *ITEMS.values(), *NUMBERS.values())
 
 
@@ -251,7 +259,7 @@ def _cast(rng: Random, size: int) -> tuple[list[Fact], str]:
     """`size` facts about different people with different things, and one more person."""
     names, items = rng.sample(NAMES, size + 1), rng.sample(list(ITEMS), size)
     drawn = (draw(rng) for _ in range(size))
-    facts = [Fact(**{**vars(fact), "who": who, "item": item}) for fact, who, item in zip(drawn, names, items, strict=False)]
+    facts = [replace(fact, who=who, item=item) for fact, who, item in zip(drawn, names, items, strict=False)]
     return facts, names[-1]
 
 
@@ -295,14 +303,17 @@ def _questions(rng: Random) -> str:
 
 def _note(rng: Random) -> str:
     """A fact told in full, then noted: some of its values in some order, in one style."""
-    facts, other = _cast(rng, 1)
-    words = _words(rng, facts[0], other)
+    (fact,), other = _cast(rng, 1)
+    if rng.random() < COLOURLESS:
+        fact = replace(fact, colour=None)
+    words = _words(rng, fact, other)
     style, between = rng.choice(NOTE_STYLES)
-    noted = rng.sample(NOTES, rng.randint(3, 6))
+    known = [note for note in NOTES if note[1] != "colour" or fact.colour]
+    noted = rng.sample(known, rng.randint(3, len(known)))
     if rng.random() < 0.5:
         noted.sort(key=NOTES.index)
     note = between.join(style.format(key=rng.choice(keys), value=words[value]) for keys, value in noted)
-    return f"{_in_full(rng, facts[0], other)}\n{note}"
+    return f"{_in_full(rng, fact, other)}\n{note}"
 
 
 def _in_full(rng: Random, fact: Fact, other: str) -> str:
