@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sartor.errors import JobError
 from sartor.job import Job, from_mapping, load, to_mapping, to_yaml
 from sartor.job.hints import known_keys, suggest
+from sartor.job.reference import reference
 from sartor.job.schema import TrainingJob
 from sartor.job.units import format_bytes, format_count, format_seconds, parse_bytes
 
@@ -127,3 +128,8 @@ def test_units() -> None:
     assert format_bytes(1023) == "1023 B"
     assert format_seconds(200) == "3 min 20 s"
     assert format_count(7_241_732_096) == "7.24B"
+
+
+def test_the_reference_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs/job.md"
+    assert page.read_text(encoding="utf-8") == reference(), "run: python -m sartor.job.reference > docs/job.md"
