@@ -1,6 +1,6 @@
 """The demo as a stranger runs it: wall time, exact match before and after, memory forecast beside measurement.
 
-    python benchmarks/demo.py [--runs N]
+python benchmarks/demo.py [--runs N]
 """
 
 from __future__ import annotations

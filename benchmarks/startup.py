@@ -1,6 +1,6 @@
 """How quickly `sartor --help` answers (median of 10), and how fast text becomes tokens.
 
-    python benchmarks/startup.py [--data FOLDER]
+python benchmarks/startup.py [--data FOLDER]
 """
 
 from __future__ import annotations

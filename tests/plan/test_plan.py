@@ -18,7 +18,7 @@ from sartor.plan import make
 def test_a_plan_resolves_what_the_job_leaves_open(job_tree: dict[str, Any]) -> None:
     plan = sartor.plan(job_tree)
     assert plan.job.data.max_length == 128
-    assert plan.job.data.packing is True
+    assert plan.strategy.packing is True
     assert plan.job.training.learning_rate == 1e-3
     assert plan.total_steps == 6
     assert plan.forecast.verdict == "fits"
@@ -70,7 +70,7 @@ def test_pinned_parts_are_kept(job_tree: dict[str, Any]) -> None:
 def test_packing_is_refused_where_it_would_be_wrong(job_tree: dict[str, Any]) -> None:
     job_tree |= {"method": "prefix", "prefix": {"length": 4}}
     plan = sartor.plan(job_tree)
-    assert plan.job.data.packing is False
+    assert plan.strategy.packing is False
     assert plan.job.data.max_length == 124
     assert any("not packed" in note for note in plan.notes)
     job_tree["data"]["packing"] = True

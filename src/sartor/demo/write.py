@@ -9,7 +9,7 @@ from sartor.demo.files import MODEL, begin, write_job, write_lines
 from sartor.demo.task import examples
 
 TRAINING, UNSEEN = 1500, 100
-TRAINING_SEED, UNSEEN_SEED = 1, 2
+TRAINING_SEED, UNSEEN_SEED = 1, 2026
 
 
 def write(folder: Path) -> Path:

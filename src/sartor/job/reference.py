@@ -14,7 +14,7 @@ _HEAD = """# The job file
 One YAML file says what to train. Every key below can also be given on the command line as `section.key=value`, which
 wins over the file. Sizes are written `6GiB`, numbers `2e-5`. Unknown keys are refused with the nearest known one.
 
-A run saves its resolved job (nothing left at `auto` that a plan decides) as `job.yaml` in its folder.
+A run saves its resolved job (what model and method decide filled in) as `job.yaml` in its folder.
 
 This page is printed from the schema (`python -m sartor.job.reference > docs/job.md`).
 """

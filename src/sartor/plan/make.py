@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, 
 from sartor.plan.plan import Plan, Rejected
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, forecast_memory
-from sartor.step import Precision, accepts_positions
+from sartor.step import Precision, cannot_pack
 
 LONGEST_DEFAULT = 2048
 """Tokens of `data.max_length` where the job leaves it open and the model allows more."""
@@ -29,6 +30,20 @@ FULL_MICRO_BATCH_TOKENS = 8192
 
 WORST_BATCH_STEPS = 20_000
 """Steps that are searched for the worst batch; more are more of the same data in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """What every candidate has in common."""
+
+    job: Job
+    source: ModelSource
+    machine: Machine
+    method: MethodTraits
+    precision: Precision
+    packing: bool
+    sets: DataSets
+    order: BatchOrder
 
 
 def make(job: Job, machine: Machine | None = None) -> Plan:
@@ -43,11 +58,21 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     precision = Precision.resolve(job.precision, machine.device.kind)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
     anatomy = dissect(model)
-    job, notes = _resolve_job(job, source, method, model)
-    assert job.data.max_length is not None, "resolved"
-    sets = prepare(job, load_tokenizer(job.model), max_length=job.data.max_length, vocab_size=source.vocab_size)
+    packing, note = _packing(job, method, model)
+    job, longest = _resolved(job, source, method)
+    sets = prepare(job, load_tokenizer(job.model), max_length=longest, vocab_size=source.vocab_size)
     order = batch_order(job, sets)
-    strategy, forecast, rejected = _choose(job, source, machine, method, precision, sets, order)
+    setting = _Setting(
+        job=job,
+        source=source,
+        machine=machine,
+        method=method,
+        precision=precision,
+        packing=packing,
+        sets=sets,
+        order=order,
+    )
+    strategy, forecast, rejected = _choose(setting, longest)
     trained = sum(parameter.numel() for parameter in trained_parameters(apply(model, job, meta=True)).values())
     return Plan(
         job=job,
@@ -60,7 +85,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         data=sets.summary,
         total_steps=order.total_steps,
         rejected=tuple(rejected),
-        notes=tuple(notes),
+        notes=(note,) if note else (),
     )
 
 
@@ -76,15 +101,12 @@ def batch_order(job: Job, sets: DataSets) -> BatchOrder:
     )
 
 
-def _resolve_job(job: Job, source: ModelSource, method: MethodTraits, model: nn.Module) -> tuple[Job, list[str]]:
-    """Fill in what the job leaves open and a model decides: length, packing, rate."""
-    notes = []
-    packing, why_not = _packing(job, method, model)
-    if why_not:
-        notes.append(why_not)
-    data = dataclasses.replace(job.data, max_length=max_length(job, source, method), packing=packing)
+def _resolved(job: Job, source: ModelSource, method: MethodTraits) -> tuple[Job, int]:
+    """The job with what model and method decide filled in (length, rate), and that length."""
+    longest = max_length(job, source, method)
+    data = dataclasses.replace(job.data, max_length=longest)
     training = dataclasses.replace(job.training, learning_rate=method.learning_rate)
-    return dataclasses.replace(job, data=data, training=training), notes
+    return dataclasses.replace(job, data=data, training=training), longest
 
 
 def max_length(job: Job, source: ModelSource, method: MethodTraits) -> int:
@@ -108,32 +130,29 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, st
     wanted = job.data.packing
     if wanted is False:
         return False, ""
-    reason = ""
     if not method.packing:
         reason = f"method {job.method} puts virtual tokens before a row, so a row holds one example"
-    elif not accepts_positions(type(model).forward):
-        reason = f"{type(model).__name__} takes no position ids, so examples in a row could not be told apart"
+    else:
+        reason = cannot_pack(model)
     if reason and wanted is True:
         raise JobError("`data.packing` is true, but this job cannot be packed", why=reason, remedy="data.packing=auto, or false")
     return not reason, f"not packed: {reason}" if reason else ""
 
 
-def _choose(
-    job: Job,
-    source: ModelSource,
-    machine: Machine,
-    method: MethodTraits,
-    precision: Precision,
-    sets: DataSets,
-    order: BatchOrder,
-) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
+def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
     """The first candidate that fits; candidates come fastest first. Raises DoesNotFit with what would help."""
     rejected: list[Rejected] = []
     tight: tuple[Strategy, MemoryForecast] | None = None
-    for strategy in _candidates(job, machine, method, precision, sets.train):
-        batches = worst_micro_batches(sets.train, order, strategy)
+    for strategy in _candidates(setting, row_capacity):
+        batches = worst_micro_batches(setting.sets.train, setting.order, strategy)
         forecast = forecast_memory(
-            job, source, machine, batches, precision=precision, recompute=strategy.recompute, attention=strategy.attention
+            setting.job,
+            setting.source,
+            setting.machine,
+            batches,
+            precision=setting.precision,
+            recompute=strategy.recompute,
+            attention=strategy.attention,
         )
         if forecast.verdict in ("fits", "cannot say"):
             return strategy, forecast, rejected
@@ -144,35 +163,34 @@ def _choose(
         return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
     last = rejected[-1]
     raise DoesNotFit(
-        f"this job does not fit on {machine.device.torch_name}: it {last.reason.partition(': ')[2]}",
+        f"this job does not fit on {setting.machine.device.torch_name}: it {last.reason.partition(': ')[2]}",
         why=f"the smallest strategy tried is: {last.strategy.describe()}",
         remedy="a shorter data.max_length, method lora instead of full, precision bf16, or a smaller model",
     )
 
 
-def _candidates(job: Job, machine: Machine, method: MethodTraits, precision: Precision, samples: TokenSet) -> Iterator[Strategy]:
+def _candidates(setting: _Setting, row_capacity: int) -> Iterator[Strategy]:
     """Strategies that honour what the job pins: large micro-batches first, recomputation only when nothing else helps."""
-    wanted = job.strategy
-    assert isinstance(job.data.packing, bool), "resolved"
-    assert job.data.max_length is not None, "resolved"
-    if wanted.recompute == "full" and not method.recompute:
+    job, wanted = setting.job, setting.job.strategy
+    again_possible = setting.method.recompute
+    if wanted.recompute == "full" and not again_possible:
         raise JobError(
             f"`strategy.recompute` is full, but method {job.method} cannot recompute", remedy="strategy.recompute=none"
         )
-    row = job.data.max_length if job.data.packing else int(samples.lengths.max())
-    recompute = {"none": (False,), "full": (True,), "auto": (False, True) if method.recompute else (False,)}[wanted.recompute]
-    for again in recompute:
-        size = min(job.training.global_batch, max(FULL_MICRO_BATCH_TOKENS // row, 1))
-        sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(size)
+    longest = row_capacity if setting.packing else int(setting.sets.train.lengths.max())
+    busy = min(job.training.global_batch, max(FULL_MICRO_BATCH_TOKENS // longest, 1))
+    sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(busy)
+    choices = {"none": (False,), "full": (True,), "auto": (False, True) if again_possible else (False,)}
+    for recompute in choices[wanted.recompute]:
         for micro_batch in sizes:
             yield Strategy(
-                device=machine.device.torch_name,
-                threads=machine.threads,
-                precision=precision.mode,
-                packing=job.data.packing,
-                row_capacity=job.data.max_length,
+                device=setting.machine.device.torch_name,
+                threads=setting.machine.threads,
+                precision=setting.precision.mode,
+                packing=setting.packing,
+                row_capacity=row_capacity,
                 micro_batch=micro_batch,
-                recompute=again,
+                recompute=recompute,
                 attention=None if wanted.attention == "auto" else wanted.attention,
             )
 

@@ -27,7 +27,8 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Job + machine + strategy + forecast. Made by `sartor.plan.make`; the job in it is resolved (nothing at `auto`)."""
+    """Job + machine + strategy + forecast. Made by `sartor.plan.make`; the job in it is resolved:
+    what model and method decide is filled in; what is free to change without changing the result is in `strategy`."""
 
     job: Job
     machine: Machine

@@ -7,6 +7,7 @@ ones, and two optimizer steps run: the second is the peak, because by then the o
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,7 +40,10 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             # The one question that models ask of values while they build the mask: is there a single segment a row?
             return not self._packed
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]) and args[0].dtype != torch.bfloat16:
+            result = _grouped_mm(func, args, kwargs or {})
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
@@ -84,7 +88,7 @@ def trace_steps(
     packed = any(batch.position_ids_RT is not None for batch in batches)
     tracker = StorageTracker(packed=packed)
     trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
-    with FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
+    with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
         _materialise(model)
         tracker.mark([*model.parameters(), *model.buffers()], "weights")
         parameters = trained_parameters(model)
@@ -130,6 +134,18 @@ def _materialise(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """What cannot be traced is said once, in the forecast, not in a log as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _values_allowed() -> Iterator[None]:
     """Let transformers take the branch of a real run, not the one it keeps for tracers, when it builds attention masks."""
     from transformers import masking_utils
@@ -140,6 +156,13 @@ def _values_allowed() -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = original
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The experts' product in float32: the CPU computes it, but PyTorch's shape rule (2.13) knows bfloat16 only."""
+    first, second, *rest = args
+    result: torch.Tensor = func(first.to(torch.bfloat16), second.to(torch.bfloat16), *rest, **kwargs)
+    return result.to(first.dtype)
 
 
 def _is_fake(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """One training step: loss, precision, clipping, optimizer. What is traced is what runs."""
 
-from sartor.step.loss import SumLoss, TensorBatch, accepts_positions
+from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.optim import learning_rate, make_optimizer
+from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import Precision
 from sartor.step.step import Gradients, TrainStep, enable_recompute
 
@@ -11,8 +12,9 @@ __all__ = [
     "SumLoss",
     "TensorBatch",
     "TrainStep",
-    "accepts_positions",
+    "cannot_pack",
     "enable_recompute",
     "learning_rate",
     "make_optimizer",
+    "mixes_examples",
 ]

@@ -67,8 +67,3 @@ class SumLoss:
             logits_RKV = model(**inputs).logits[:, kept_K]
         logits_RKV = logits_RKV.float()
         return F.cross_entropy(logits_RKV.flatten(0, 1), batch.targets_RK.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def accepts_positions(model_class_forward: Any) -> bool:
-    """Whether a model's forward takes position ids, which packing needs."""
-    return "position_ids" in inspect.signature(model_class_forward).parameters

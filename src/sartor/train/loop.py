@@ -43,7 +43,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         wanted = None if resume == RESUME_LATEST else resume
         checkpoint = saved.find(folder, wanted, watchers.said) if resume is not None else None
         reset_peaks(plan)
-        bench = set_up(plan, checkpoint)
+        bench = set_up(plan, checkpoint, watchers.said)
         state = TrainState(
             model=bench.model,
             tokenizer=bench.tokenizer,
@@ -124,7 +124,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     trained_tokens = sum(batch.trained_tokens for batch in batches)
 
     # The loss is normalised by the trained tokens of the whole step: averaging micro-batches would weigh a token by the
-    # company it happens to be in (transformers#34191).
+    # company it happens to be in (torchtune#1875).
     gradients = bench.step.backward([TensorBatch.of(batch, plan.strategy.device) for batch in batches], trained_tokens)
     losses, norm = torch.stack(gradients.losses).tolist(), float(gradients.norm)
     if not all(map(math.isfinite, [*losses, norm])):

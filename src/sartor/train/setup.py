@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from torch import nn
 from sartor.data import DataSets, TokenSet, prepare
 from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, step_batches
-from sartor.errors import RunError
+from sartor.errors import JobError, RunError
 from sartor.job import to_mapping
 from sartor.methods import apply, trained_parameters
 from sartor.model import build, load_tokenizer, resolve
 from sartor.plan import Plan, batch_order, load_dtype
-from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer
+from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
 
@@ -37,6 +38,7 @@ class Workbench:
     sets: DataSets
     order: BatchOrder
     pad_id: int
+    packing: bool
 
     def batches(self, plan: Plan, samples: TokenSet, indices: Any) -> list[Batch]:
         """The micro-batches of these examples, as the strategy cuts them."""
@@ -45,13 +47,13 @@ class Workbench:
             samples,
             indices,
             capacity=strategy.row_capacity,
-            packing=strategy.packing,
+            packing=self.packing,
             micro_batch=strategy.micro_batch,
             pad_id=self.pad_id,
         )
 
 
-def set_up(plan: Plan, checkpoint: Path | None) -> Workbench:
+def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> Workbench:
     """Build the run of `plan`; with a checkpoint of a full fine-tune, the model comes from there.
 
     Raises ModelError, DataError or JobError of the rooms below.
@@ -67,6 +69,7 @@ def set_up(plan: Plan, checkpoint: Path | None) -> Workbench:
         source = dataclasses.replace(source, path=str(checkpoint), has_weights=True, revision=None)
     seed, precision = job.training.seed, Precision(mode=strategy.precision)
     model = build(source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed)
+    packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = apply(model, job, seed=seed)
     parameters = trained_parameters(model)
     precision.cast_trained(parameters)
@@ -90,7 +93,27 @@ def set_up(plan: Plan, checkpoint: Path | None) -> Workbench:
         sets=sets,
         order=batch_order(job, sets),
         pad_id=pad_id(tokenizer),
+        packing=packing,
     )
+
+
+def _packs(plan: Plan, model: nn.Module, vocab_size: int, say: Callable[[str], None]) -> bool:
+    """Whether the real model keeps the examples of a row apart.
+
+    Where it does not, rows hold one example each: the result is the same, and a micro-batch needs no more memory, since it has as
+    many rows and none is longer. Raises JobError where packing was asked for.
+    """
+    mixed = mixes_examples(model, vocab_size)
+    if not mixed:
+        return True
+    if plan.job.data.packing is True:
+        raise JobError(
+            "`data.packing` is true, but this model lets the examples of a row see each other",
+            why=mixed,
+            remedy="data.packing=auto",
+        )
+    say(f"not packed after all: {mixed}")
+    return False
 
 
 def adopt(plan: Plan, bench: Workbench, checkpoint: Path) -> None:
