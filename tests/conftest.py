@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +13,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from support import conversations, make_model, write_jsonl
+
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
-BASE = REPOSITORY / "src/sartor/demo/model"
-"""The demo's base model: its tokenizer and chat template serve the tiny models below."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,52 +46,10 @@ def shared() -> Callable[[str], Path]:
     return find
 
 
-def make_model(folder: Path, **changes: Any) -> Path:
-    """A Llama of about 60,000 random weights with the demo's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = LlamaConfig(
-        **{**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": True, **changes},
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(7)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's folder; read only."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def conversations(count: int) -> list[dict[str, Any]]:
-    """Ragged question-and-answer pairs."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {'the size of ' * (index % 4)}number {index}?"},
-                {"role": "assistant", "content": f"It is {index}" + " and more" * (index % 7) + "."},
-            ]
-        }
-        for index in range(count)
-    ]
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def train(what: Plan | JobLike, *, resume: str | None = None, observers: Sequenc
     `resume`: "latest" or a checkpoint's name. Raises UsageError, RunError, or Interrupted after a stop signal.
     """
     chosen = what if isinstance(what, Plan) else plan(what)
-    judge = Judge(chosen.job.evaluation)
+    judge = Judge(chosen.job.evaluation, Path(chosen.job.output))
     run = fit(chosen, resume=resume, observers=[judge, *observers])
     before, after = judge.exact_match()
     run = dataclasses.replace(run, answers=judge.answers, exact_match_before=before, exact_match_after=after)

@@ -133,3 +133,12 @@ def test_the_record_reads_back(job_tree: dict[str, Any], tmp_path: Path) -> None
     assert run.memory.error_percent is not None
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "<svg" in page
+
+
+def test_answers_from_before_are_those_of_the_first_process(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    """A resumed run shows what the untrained model said, not what the checkpoint said."""
+    job_tree["evaluation"] = {"fraction": 0.2, "generate": 2, "max_new_tokens": 4}
+    job_tree["training"] |= {"epochs": 20, "save_every": 2}
+    whole = sartor.train(job_tree)
+    resumed = sartor.train(job_tree, resume="latest")
+    assert [answer.before for answer in resumed.answers] == [answer.before for answer in whole.answers]

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from sartor.data import DataSets, prompt_and_reference, readable_prompt
 from sartor.job.schema import EvaluationJob
 from sartor.serve.session import Sampling, generate
 from sartor.train import Answer, Observer
+from sartor.train.folder import write_text
 
 _ROWS = 32
 """Prompts answered at once."""
 
 
 class Judge(Observer):
-    """Lets the model answer held-out prompts when it is loaded and when it is trained."""
+    """Lets the model answer held-out prompts before its first step and when it is trained.
 
-    def __init__(self, job: EvaluationJob) -> None:
+    The answers from before are kept in the run's folder, for a run that is resumed in another process.
+    """
+
+    def __init__(self, job: EvaluationJob, folder: Path) -> None:
         self._job = job
+        self._file = folder / "answers-before.json"
         self._before: list[str] = []
         self._prompts: list[tuple[list[int], str]] = []
         self.answers: tuple[Answer, ...] = ()
 
-    def loaded(self, model: Any, tokenizer: Any, sets: DataSets) -> None:
+    def loaded(self, model: Any, tokenizer: Any, sets: DataSets, step: int) -> None:
         source = sets.held_out if sets.held_out is not None else sets.train
         count = min(self._job.generate, len(source))
         self._prompts = [prompt_and_reference(source[index], tokenizer) for index in range(count)]
-        self._before = self._answer(model, tokenizer)
+        if step == 0:
+            self._before = self._answer(model, tokenizer)
+            write_text(self._file, json.dumps(self._before, ensure_ascii=False) + "\n")
+        elif self._file.exists():
+            self._before = json.loads(self._file.read_text(encoding="utf-8"))
+        if len(self._before) != count:  # asked for another number of answers, or never before
+            self._prompts = []
 
     def trained(self, model: Any, tokenizer: Any, sets: DataSets) -> None:
         after = self._answer(model, tokenizer)

@@ -66,7 +66,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         metrics = MetricsWriter(folder, step=progress.step, tensorboard=plan.job.training.tensorboard)
         watchers = Observers(metrics, *observers)
         try:
-            watchers.loaded(bench.model, bench.tokenizer, bench.sets)
+            watchers.loaded(bench.model, bench.tokenizer, bench.sets, progress.step)
             with stop_requests() as stop:
                 progress = _train(plan, bench, state, progress, folder, watchers, stop)
         finally:

@@ -17,8 +17,8 @@ class Observer:
     def said(self, text: str) -> None:
         """Something the user should know."""
 
-    def loaded(self, model: Any, tokenizer: Any, sets: Any) -> None:
-        """Model and data are there; not one step is done in this process."""
+    def loaded(self, model: Any, tokenizer: Any, sets: Any, step: int) -> None:
+        """Model and data are there; `step` steps were done before this process."""
 
     def started(self, step: int, total_steps: int) -> None:
         """The loop begins at `step`."""

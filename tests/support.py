@@ -1,0 +1,55 @@
+"""Small real models and data that tests make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+BASE = REPOSITORY / "src/sartor/demo/model"
+"""The demo's base model: its tokenizer and chat template serve the tiny models below."""
+
+
+def make_model(folder: Path, **changes: Any) -> Path:
+    """A Llama of about 60,000 random weights with the demo's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        **{**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": True, **changes},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(7)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Ragged question-and-answer pairs."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {'the size of ' * (index % 4)}number {index}?"},
+                {"role": "assistant", "content": f"It is {index}" + " and more" * (index % 7) + "."},
+            ]
+        }
+        for index in range(count)
+    ]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
