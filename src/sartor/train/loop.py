@@ -78,7 +78,8 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         memory = memory_outcome(plan)
         if finished:
             watchers.trained(bench.model, bench.tokenizer, bench.sets)
-        run = record(plan, folder, progress, final, memory, finished=finished)
+        epochs = bench.order.epoch_of(progress.step)
+        run = record(plan, folder, progress, final, memory, epochs=epochs, finished=finished)
         run.save()
         watchers.finished(run)
         if not finished:

@@ -40,7 +40,9 @@ def memory_outcome(plan: Plan) -> MemoryOutcome:
     return MemoryOutcome(forecast_bytes=expected, measured_bytes=measured, measured_name=name, error_percent=error)
 
 
-def record(plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, finished: bool) -> Run:
+def record(
+    plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, epochs: float, finished: bool
+) -> Run:
     """The run in one object."""
     losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
     return Run(
@@ -48,7 +50,7 @@ def record(plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memor
         status="finished" if finished else "interrupted",
         steps=progress.step,
         total_steps=plan.total_steps,
-        epochs=progress.step * plan.job.training.global_batch / plan.data.samples,
+        epochs=epochs,
         seconds=progress.seconds,
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
