@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sartor.predict import allocator_blocks
 from sartor.predict.allocator import Allocator, AllocatorConfig, OutOfMemory, replay
 from sartor.predict.ledger import Event, Ledger
 
@@ -75,19 +81,57 @@ def test_empty_tensors_take_nothing() -> None:
     assert (allocator.reserved, allocator.snapshot()) == (0, [])
 
 
+def test_settings_are_refused_that_pytorch_refuses() -> None:
+    settings_mib = [("large_segment_size", 10), ("large_segment_size", 12)]
+    settings_mib += [(name, mib) for name in ("max_split_size", "max_non_split_rounding") for mib in (19, 20)]
+    program = "import torch\n"
+    for name, mib in settings_mib:
+        program += f"try: torch._C._accelerator_setAllocatorSettings('{name}_mb:{mib}'); print('taken')\n"
+        program += "except (RuntimeError, ValueError): print('refused')\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if "AttributeError" in done.stderr:
+        pytest.skip("this PyTorch has no such door")
+    ours = []
+    for name, mib in settings_mib:
+        try:
+            AllocatorConfig(**{f"{name}_bytes": mib * MIB})  # type: ignore[arg-type]
+            ours.append("taken")
+        except ValueError:
+            ours.append("refused")
+    assert ours == done.stdout.split()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"large_segment_size_bytes": 9 * MIB},
-        {"max_split_size_bytes": 10 * MIB},
+        {"large_segment_size_bytes": 13 * MIB},
+        {"max_split_size_bytes": 20 * MIB, "large_segment_size_bytes": 40 * MIB},
         {"garbage_collection_threshold": 0.8},
-        {"garbage_collection_threshold": 1.5, "capacity_bytes": MIB},
+        {"garbage_collection_threshold": 1.0, "capacity_bytes": MIB},
         {"roundup_power2_divisions": 3},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         AllocatorConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_constants_are_those_of_the_installed_pytorch() -> None:
+    header = Path(torch.__file__).parent / "include/c10/core/AllocatorConfig.h"
+    if not header.exists():
+        pytest.skip("PyTorch came without headers")
+    text = header.read_text(encoding="utf-8")
+    theirs = dict(re.findall(r"constexpr size_t (k\w+) = (\d+);", text)) | dict(
+        re.findall(r"atomic<size_t> (large_segment_size_)\{(\d+)\}", text)
+    )
+    assert {name: int(value) for name, value in theirs.items()} == {
+        "kSmallBuffer": allocator_blocks.SMALL_BUFFER,
+        "kMinBlockSize": allocator_blocks.MIN_BLOCK,
+        "kSmallSize": allocator_blocks.SMALL_SIZE,
+        "kMinLargeAlloc": allocator_blocks.MIN_LARGE_ALLOC,
+        "kRoundLarge": allocator_blocks.ROUND_LARGE,
+        "large_segment_size_": AllocatorConfig().large_segment_size_bytes,
+    }
 
 
 def test_wrong_keys_are_refused() -> None:

@@ -1,8 +1,9 @@
 """The parts of PyTorch's CUDA caching allocator: its settings, blocks, pools of free blocks, and expandable segments.
 
-Source of every rule: c10/cuda/CUDACachingAllocator.cpp of PyTorch's main branch in 2026 (the version with `no_split_pools`
-and `AcceleratorAllocatorConfig::large_segment_size()`); constants: c10/core/AllocatorConfig.h of torch 2.13.0. Names in
-backticks behind 'as' are the functions there.
+Source of every rule: c10/cuda/CUDACachingAllocator.cpp of PyTorch's main branch between pull requests #172056 (January 2026,
+`large_segment_size()`) and #177356 (`throw_on_cudamalloc_oom`, off by default), about torch 2.11; that 2.13 still looks for no
+free block after it emptied the cache is in issue #189504. Constants and limits of settings: c10/core/AllocatorConfig.h and
+libc10 of torch 2.13.0; a test compares them with the PyTorch that is installed. Names behind 'as' are the functions there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class AllocatorConfig:
     `garbage_collection_threshold` is a share of it (PyTorch takes it of the allowance that
     `set_per_process_memory_fraction` sets, and does nothing without one).
 
+    `max_non_split_rounding_bytes` is `large_segment_size_bytes` unless set.
+
     Raises ValueError for settings that PyTorch refuses or that make no sense.
     """
 
@@ -43,16 +46,18 @@ class AllocatorConfig:
     expandable_segments: bool = False
     large_segment_size_bytes: int = 20 * MIB
     max_split_size_bytes: int | None = None
-    max_non_split_rounding_bytes: int = 20 * MIB
+    max_non_split_rounding_bytes: int | None = None
     garbage_collection_threshold: float | None = None
     roundup_power2_divisions: int | None = None
 
     def __post_init__(self) -> None:
-        large, split = self.large_segment_size_bytes, self.max_split_size_bytes
-        if large < MIN_LARGE_ALLOC or large % ROUND_LARGE:
-            raise ValueError(f"large_segment_size_bytes is {large}: take a multiple of 2 MiB from 10 MiB on")
-        if split is not None and split < large:
-            raise ValueError(f"max_split_size_bytes is {split}: take at least large_segment_size_bytes ({large}), or None")
+        large = self.large_segment_size_bytes
+        if large <= MIN_LARGE_ALLOC or large % ROUND_LARGE:
+            raise ValueError(f"large_segment_size_bytes is {large}: take a multiple of 2 MiB above 10 MiB")
+        for name in ("max_split_size_bytes", "max_non_split_rounding_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < large:
+                raise ValueError(f"{name} is {value}: take at least large_segment_size_bytes ({large}), or None")
         share = self.garbage_collection_threshold
         if share is not None and (not 0 < share < 1 or self.capacity_bytes is None):
             raise ValueError("garbage_collection_threshold is a share between 0 and 1 of capacity_bytes: give both")
@@ -64,6 +69,12 @@ class AllocatorConfig:
     def split_limit(self) -> int:
         """Blocks from this size on are 'oversize': never split."""
         return UNLIMITED if self.max_split_size_bytes is None else self.max_split_size_bytes
+
+    @property
+    def rounding_limit(self) -> int:
+        """An oversize block serves requests that are smaller by less than this."""
+        rounding = self.max_non_split_rounding_bytes
+        return self.large_segment_size_bytes if rounding is None else rounding
 
     def round_size(self, size_bytes: int) -> int:
         """What a request of so many bytes takes, as `round_size` and `roundup_power2_next_division`."""
@@ -175,7 +186,7 @@ class BlockPool:
         self._unmapped_order: list[int] = []
         self._expandable = config.expandable_segments
         self._split_limit = config.split_limit
-        self._rounding = config.max_non_split_rounding_bytes
+        self._rounding = config.rounding_limit
 
     def best_fit(self, size: int, stream: int) -> Block | None:
         """Take out the smallest free block of the stream that is large enough, as `get_free_block`."""
