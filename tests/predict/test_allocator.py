@@ -86,7 +86,8 @@ def test_settings_are_refused_that_pytorch_refuses() -> None:
     settings_mib += [(name, mib) for name in ("max_split_size", "max_non_split_rounding") for mib in (19, 20)]
     program = "import torch\n"
     for name, mib in settings_mib:
-        program += f"try: torch._C._accelerator_setAllocatorSettings('{name}_mb:{mib}'); print('taken')\n"
+        large = "" if name == "large_segment_size" else "large_segment_size_mb:20,"  # or the last one stays
+        program += f"try: torch._C._accelerator_setAllocatorSettings('{large}{name}_mb:{mib}'); print('taken')\n"
         program += "except (RuntimeError, ValueError): print('refused')\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if "AttributeError" in done.stderr:
