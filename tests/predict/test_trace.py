@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +12,11 @@ import torch
 from sartor.data.pack import Batch, collate, fill_rows
 from sartor.data.tokens import Sample, TokenSet
 from sartor.job import Job, from_mapping
-from sartor.methods import apply, trained_parameters, traits
+from sartor.methods import traits
 from sartor.model import build, resolve, skeleton
 from sartor.predict import StorageTracker, trace_steps
 from sartor.predict.trace import run_traced_step
-from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer
+from sartor.step import Precision, make_step, make_trainable
 
 
 def batch(packing: bool) -> Batch:
@@ -32,37 +31,22 @@ def batch(packing: bool) -> Batch:
     return collate(samples, rows, pad_id=0, packing=packing)
 
 
-def make_step(job: Job, precision: Precision) -> Callable[..., TrainStep]:
-    def make(model: Any, parameters: Any) -> TrainStep:
-        optimizer = make_optimizer(parameters, job.training)
-        return TrainStep(model, parameters, optimizer, precision=precision, device_kind="cpu", clip_norm=1.0)
-
-    return make
-
-
 def forecast(job: Job, mode: str, recompute: bool, batches: list[Batch]) -> dict[str, int]:
     precision = Precision(mode=mode)
     model = skeleton(resolve(job.model), dtype=precision.load_dtype(adapter=traits(job).adapter))
-    model = apply(model, job, meta=True).train()
-    precision.cast_trained(trained_parameters(model))
-    if recompute:
-        enable_recompute(model)
-    peak = trace_steps(model, make_step(job, precision), batches).peak()
+    model = make_trainable(model, job, precision, recompute=recompute, meta=True)
+    peak = trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches).peak()
     return {"total": peak.total_bytes, **peak.by_kind}
 
 
 def measured(job: Job, mode: str, recompute: bool, batches: list[Batch]) -> dict[str, int]:
     precision = Precision(mode=mode)
     model = build(resolve(job.model), dtype=precision.load_dtype(adapter=traits(job).adapter), device="cpu")
-    model = apply(model, job, seed=0).train()
-    parameters = trained_parameters(model)
-    precision.cast_trained(parameters)
-    if recompute:
-        enable_recompute(model)
+    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
     tracker = StorageTracker()
     with tracker:
         tracker.mark([*model.parameters(), *model.buffers()], "weights")
-        step = make_step(job, precision)(model, parameters)
+        step = make_step(model, job, precision, device_kind="cpu")
         for number in range(2):
             run_traced_step(tracker, step, batches, sum(one.trained_tokens for one in batches), number=number)
     peak = tracker.ledger.peak()
@@ -105,7 +89,8 @@ def test_tracing_takes_no_memory() -> None:
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     source = ModelSource(path="llama-7b", config=config, has_weights=False)
     job = from_mapping({"model": "llama-7b", "data": "unused", "method": "lora"})
-    model = apply(skeleton(source, dtype=torch.bfloat16), job, meta=True).train()
-    peak = trace_steps(model, make_step(job, Precision(mode="bf16")), [batch(packing=True)]).peak()
+    precision = Precision(mode="bf16")
+    model = make_trainable(skeleton(source, dtype=torch.bfloat16), job, precision, recompute=False, meta=True)
+    peak = trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), [batch(packing=True)]).peak()
     assert peak.by_kind["weights"] > 12 * 2**30
     assert peak.by_kind["gradients"] + peak.by_kind["activations"] > 0

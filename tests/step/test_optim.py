@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sartor.job.schema import PrecisionJob, TrainingJob
-from sartor.step import Precision, learning_rate, make_optimizer
+from sartor.step import Precision, learning_rate
+from sartor.step.optim import make_optimizer
 
 
 def rates(**options: object) -> list[float]:

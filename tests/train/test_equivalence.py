@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sartor.data.pack import fill_rows, step_batches
 from sartor.data.tokens import Sample, TokenSet
-from sartor.job.schema import ModelJob, TrainingJob
-from sartor.methods import trained_parameters
+from sartor.job import from_mapping
+from sartor.job.schema import ModelJob
 from sartor.model import build, resolve
-from sartor.step import Precision, TensorBatch, TrainStep, enable_recompute, make_optimizer
+from sartor.step import Precision, TensorBatch, make_step, make_trainable
 
 
 def ragged(count: int, *, longest: int = 60, seed: int = 0) -> TokenSet:
@@ -33,18 +33,16 @@ def ragged(count: int, *, longest: int = 60, seed: int = 0) -> TokenSet:
 
 def one_step(model: torch.nn.Module, samples: TokenSet, **cut: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss per trained token and gradients of all samples as one optimizer step."""
-    model = copy.deepcopy(model).train()
-    if cut.pop("recompute", False):
-        enable_recompute(model)
-    parameters = trained_parameters(model)
-    optimizer = make_optimizer(parameters, TrainingJob())
-    step = TrainStep(model, parameters, optimizer, precision=Precision(mode="float32"), device_kind="cpu", clip_norm=0)
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full", "training": {"clip_norm": 0}})
+    precision = Precision(mode="float32")
+    model = make_trainable(copy.deepcopy(model), job, precision, recompute=cut.pop("recompute", False))
+    step = make_step(model, job, precision, device_kind="cpu")
     batches = step_batches(samples, np.arange(len(samples)), pad_id=0, **cut)
     trained_tokens = sum(batch.trained_tokens for batch in batches)
     assert trained_tokens == samples.trained_counts.sum()
     gradients = step.backward([TensorBatch.of(batch, "cpu") for batch in batches], trained_tokens)
     loss = float(sum(gradients.losses)) / trained_tokens
-    return loss, {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    return loss, {name: parameter.grad.clone() for name, parameter in step.parameters.items() if parameter.grad is not None}
 
 
 def assert_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from sartor.data.pack import Batch
 from sartor.job.schema import Job
 from sartor.job.units import format_bytes
 from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
-from sartor.methods import apply, trained_parameters, traits
+from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.trace import trace_steps
-from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer
+from sartor.step import Precision, make_step, make_trainable
 
 Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
 
@@ -82,18 +80,9 @@ def forecast_memory(
 def _trace(
     job: Job, source: ModelSource, batches: Sequence[Batch], *, precision: Precision, recompute: bool, attention: str | None
 ) -> Ledger:
-    adapter = traits(job).adapter
-    model = skeleton(source, dtype=precision.load_dtype(adapter=adapter), attention=attention)
-    model = apply(model, job, meta=True).train()
-    precision.cast_trained(trained_parameters(model))
-    if recompute:
-        enable_recompute(model)
-
-    def make_step(model: nn.Module, parameters: dict[str, nn.Parameter]) -> TrainStep:
-        optimizer = make_optimizer(parameters, job.training)
-        return TrainStep(model, parameters, optimizer, precision=precision, device_kind="cpu", clip_norm=job.training.clip_norm)
-
-    return trace_steps(model, make_step, batches)
+    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
+    model = make_trainable(model, job, precision, recompute=recompute, meta=True)
+    return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches)
 
 
 def _judge(needed: int, available: int) -> tuple[Verdict, str]:

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.data.pack import Batch
-from sartor.methods import trained_parameters
 from sartor.predict.ledger import Event, Ledger
 from sartor.step import TensorBatch, TrainStep
 
@@ -76,7 +75,7 @@ class StorageTracker(TorchDispatchMode):
 
 def trace_steps(
     model: nn.Module,
-    make_step: Callable[[nn.Module, dict[str, nn.Parameter]], TrainStep],
+    make_step: Callable[[nn.Module], TrainStep],
     batches: Sequence[Batch],
     *,
     steps: int = 2,
@@ -91,8 +90,7 @@ def trace_steps(
     with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
         _materialise(model)
         tracker.mark([*model.parameters(), *model.buffers()], "weights")
-        parameters = trained_parameters(model)
-        step = make_step(model, parameters)
+        step = make_step(model)
         for number in range(steps):
             run_traced_step(tracker, step, batches, trained_tokens, number=number)
         tracker.phase = "end"
@@ -106,7 +104,7 @@ def run_traced_step(
     tracker.phase = f"step {number + 1}: forward and backward"
     on_device = [TensorBatch.of(batch, device) for batch in batches]
     step.backward(on_device, trained_tokens)
-    tracker.mark([p.grad for p in step.parameters if p.grad is not None], "gradients")
+    tracker.mark([p.grad for p in step.parameters.values() if p.grad is not None], "gradients")
     tracker.phase = f"step {number + 1}: update"
     step.update(1e-4)
     states = [value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

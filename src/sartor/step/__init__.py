@@ -1,10 +1,11 @@
 """One training step: loss, precision, clipping, optimizer. What is traced is what runs."""
 
+from sartor.step.assemble import make_step, make_trainable
 from sartor.step.loss import SumLoss, TensorBatch
-from sartor.step.optim import learning_rate, make_optimizer
+from sartor.step.optim import learning_rate
 from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import Precision
-from sartor.step.step import Gradients, TrainStep, enable_recompute
+from sartor.step.step import Gradients, TrainStep
 
 __all__ = [
     "Gradients",
@@ -13,8 +14,8 @@ __all__ = [
     "TensorBatch",
     "TrainStep",
     "cannot_pack",
-    "enable_recompute",
     "learning_rate",
-    "make_optimizer",
+    "make_step",
+    "make_trainable",
     "mixes_examples",
 ]

@@ -35,7 +35,7 @@ class TrainStep:
         device_kind: str,
         clip_norm: float,
     ) -> None:
-        self.model, self.parameters, self.optimizer = model, list(parameters.values()), optimizer
+        self.model, self.parameters, self.optimizer = model, parameters, optimizer
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
         self.loss = SumLoss(model)
 
@@ -48,7 +48,7 @@ class TrainStep:
             (loss / trained_tokens).backward()
             losses.append(loss.detach())
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
         return Gradients(losses=losses, norm=norm)
 
     def update(self, rate: float) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sartor.errors import RunError, UsageError
 from sartor.model.build import quiet
+from sartor.step import TrainStep
 from sartor.train import folder as files
 
 MANIFEST = "manifest.json"
@@ -49,10 +50,8 @@ class Progress:
 class TrainState:
     """The live objects that a checkpoint stores and restores."""
 
-    model: nn.Module
+    step: TrainStep
     tokenizer: Any
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
     adapter: bool
 
 
@@ -77,12 +76,12 @@ def save(folder: Path, state: TrainState, progress: Progress) -> Path:
 def _write(partial: Path, state: TrainState, progress: Progress) -> None:
     (partial / "state").mkdir(parents=True)
     with quiet():
-        state.model.save_pretrained(partial)  # type: ignore[operator]
+        state.step.model.save_pretrained(partial)  # type: ignore[operator]
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     state.tokenizer.save_pretrained(partial)
     if state.adapter:
         save_file(
-            {name: _plain(parameter) for name, parameter in state.parameters.items()}, partial / "state/trained.safetensors"
+            {name: _plain(parameter) for name, parameter in state.step.parameters.items()}, partial / "state/trained.safetensors"
         )
     save_file(_optimizer_tensors(state), partial / "state/optimizer.safetensors")
     save_file(_random_state(), partial / "state/random.safetensors")
@@ -144,7 +143,7 @@ def read_progress(path: Path) -> Progress:
 def restore(path: Path, state: TrainState) -> None:
     """Bring adapters, optimizer and random generators back; full models are loaded from `path` as any model is."""
     if state.adapter:
-        restore_adapter(path, state.parameters)
+        restore_adapter(path, state.step.parameters)
     _restore_optimizer(load_file(path / "state/optimizer.safetensors"), state)
     _restore_random(load_file(path / "state/random.safetensors"))
 
@@ -180,8 +179,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {}
-    for name, parameter in state.parameters.items():
-        for key, value in state.optimizer.state[parameter].items():
+    for name, parameter in state.step.parameters.items():
+        for key, value in state.step.optimizer.state[parameter].items():
             tensors[f"{name}|{key}"] = _plain(torch.as_tensor(value))
     return tensors
 
@@ -189,8 +188,8 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 def _restore_optimizer(tensors: dict[str, Tensor], state: TrainState) -> None:
     for key, value in tensors.items():
         name, _, entry = key.rpartition("|")
-        parameter = state.parameters[name]
-        state.optimizer.state[parameter][entry] = value.to(parameter.device)
+        parameter = state.step.parameters[name]
+        state.step.optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -44,13 +44,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         checkpoint = saved.find(folder, wanted, watchers.said) if resume is not None else None
         reset_peaks(plan)
         bench = set_up(plan, checkpoint, watchers.said)
-        state = TrainState(
-            model=bench.model,
-            tokenizer=bench.tokenizer,
-            parameters=bench.parameters,
-            optimizer=bench.optimizer,
-            adapter=plan.traits.adapter,
-        )
+        state = TrainState(step=bench.step, tokenizer=bench.tokenizer, adapter=plan.traits.adapter)
         if checkpoint is None:
             progress = Progress(step=0, seconds=0.0, tokens=0, trained_tokens=0, identity=identity(plan, bench.sets))
             if resume is not None:
@@ -66,7 +60,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         metrics = MetricsWriter(folder, step=progress.step, tensorboard=plan.job.training.tensorboard)
         watchers = Observers(metrics, *observers)
         try:
-            watchers.loaded(bench.model, bench.tokenizer, bench.sets, progress.step)
+            watchers.loaded(bench.step.model, bench.tokenizer, bench.sets, progress.step)
             with stop_requests() as stop:
                 progress = _train(plan, bench, state, progress, folder, watchers, stop)
         finally:
@@ -77,7 +71,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         saved.publish(final, folder)
         memory = memory_outcome(plan)
         if finished:
-            watchers.trained(bench.model, bench.tokenizer, bench.sets)
+            watchers.trained(bench.step.model, bench.tokenizer, bench.sets)
         epochs = bench.order.epoch_of(progress.step)
         run = record(plan, folder, progress, final, memory, epochs=epochs, finished=finished)
         run.save()
@@ -119,7 +113,7 @@ def _train(
 def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> Progress:
     """One optimizer step. Raises RunError, naming the examples, where loss or gradient is not finite."""
     start = time.perf_counter()
-    bench.model.train()
+    bench.step.model.train()
     # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
     batches = bench.batches(plan, bench.sets.train, bench.order.indices(progress.step))
     trained_tokens = sum(batch.trained_tokens for batch in batches)
@@ -166,13 +160,13 @@ def _evaluate(plan: Plan, bench: Workbench, progress: Progress, watchers: Observ
     """Mean held-out loss per trained token, and the best so far."""
     held_out = bench.sets.held_out
     assert held_out is not None, "called only where something is held out"
-    bench.model.eval()
+    bench.step.model.eval()
     count = min(len(held_out), plan.job.evaluation.examples or len(held_out))
     total, tokens, group = 0.0, 0, plan.job.training.global_batch
     for first in range(0, count, group):
         for batch in bench.batches(plan, held_out, range(first, min(first + group, count))):
             with bench.step.precision.autocast(bench.step.device_kind):
-                total += float(bench.step.loss(bench.model, TensorBatch.of(batch, plan.strategy.device)))
+                total += float(bench.step.loss(bench.step.model, TensorBatch.of(batch, plan.strategy.device)))
             tokens += batch.trained_tokens
     loss = total / tokens
     watchers.evaluated(EvalRecord(step=progress.step, eval_loss=loss, eval_tokens=tokens))

@@ -19,10 +19,9 @@ from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, step_batches
 from sartor.errors import JobError, RunError
 from sartor.job import to_mapping
-from sartor.methods import apply, trained_parameters
 from sartor.model import build, load_tokenizer, resolve
 from sartor.plan import Plan, batch_order, load_dtype
-from sartor.step import Precision, TrainStep, enable_recompute, make_optimizer, mixes_examples
+from sartor.step import Precision, TrainStep, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
 
@@ -30,11 +29,8 @@ from sartor.train.checkpoint import restore_adapter
 class Workbench:
     """The live objects of a run."""
 
-    model: nn.Module
-    tokenizer: Any
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
     step: TrainStep
+    tokenizer: Any
     sets: DataSets
     order: BatchOrder
     pad_id: int
@@ -70,26 +66,10 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     seed, precision = job.training.seed, Precision(mode=strategy.precision)
     model = build(source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed)
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
-    model = apply(model, job, seed=seed)
-    parameters = trained_parameters(model)
-    precision.cast_trained(parameters)
-    if strategy.recompute:
-        enable_recompute(model)
-    optimizer = make_optimizer(parameters, job.training)
-    step = TrainStep(
-        model,
-        parameters,
-        optimizer,
-        precision=precision,
-        device_kind=torch.device(strategy.device).type,
-        clip_norm=job.training.clip_norm,
-    )
+    model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     return Workbench(
-        model=model,
+        step=make_step(model, job, precision, device_kind=torch.device(strategy.device).type),
         tokenizer=tokenizer,
-        parameters=parameters,
-        optimizer=optimizer,
-        step=step,
         sets=sets,
         order=batch_order(job, sets),
         pad_id=pad_id(tokenizer),
@@ -119,11 +99,11 @@ def _packs(plan: Plan, model: nn.Module, vocab_size: int, say: Callable[[str], N
 def adopt(plan: Plan, bench: Workbench, checkpoint: Path) -> None:
     """Give the live model the weights of a checkpoint of the same run."""
     if plan.traits.adapter:
-        restore_adapter(checkpoint, bench.parameters)
+        restore_adapter(checkpoint, bench.step.parameters)
         return
     source = dataclasses.replace(resolve(plan.job.model), path=str(checkpoint), has_weights=True, revision=None)
     other = build(source, dtype=load_dtype(plan), device=plan.strategy.device, attention=plan.strategy.attention)
-    bench.model.load_state_dict(other.state_dict())
+    bench.step.model.load_state_dict(other.state_dict())
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -1,0 +1,35 @@
+"""From a bare model to the step that trains it: once for the forecast (meta, then fake tensors), once for the run."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sartor.job.schema import Job
+from sartor.methods import apply, trained_parameters
+from sartor.step.optim import make_optimizer
+from sartor.step.precision import Precision
+from sartor.step.step import TrainStep, enable_recompute
+
+
+def make_trainable(
+    model: nn.Module, job: Job, precision: Precision, *, recompute: bool, seed: int | None = None, meta: bool = False
+) -> nn.Module:
+    """`model` as the job trains it: method applied, trained parameters in their format, recomputation switched on."""
+    model = apply(model, job, seed=seed, meta=meta).train()
+    precision.cast_trained(trained_parameters(model))
+    if recompute:
+        enable_recompute(model)
+    return model
+
+
+def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: str) -> TrainStep:
+    """The optimizer step of a trainable model."""
+    parameters = trained_parameters(model)
+    return TrainStep(
+        model,
+        parameters,
+        make_optimizer(parameters, job.training),
+        precision=precision,
+        device_kind=device_kind,
+        clip_norm=job.training.clip_norm,
+    )
