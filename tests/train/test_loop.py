@@ -99,3 +99,9 @@ def test_models_that_mix_packed_examples_are_not_packed(job_tree: dict[str, Any]
 
     sartor.train({**job_tree, "model": str(tmp_path / "opt")}, observers=[Listener()])
     assert any("not packed after all" in text for text in said)
+
+
+def test_one_of_several_processes_is_refused(job_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="one of 2 processes"):
+        sartor.train(job_tree)

@@ -15,6 +15,7 @@ from sartor.data.cache import Counts
 from sartor.data.formats import Conversation, Document, Format
 from sartor.data.mask import Encoder
 from sartor.data.summary import DataSets, DataSummary, Lengths
+from sartor.data.synthetic import synthetic
 from sartor.data.template import Template
 from sartor.data.tokens import Sample, TokenSet
 from sartor.errors import DataError
@@ -41,8 +42,12 @@ def prepare(job: Job, tokenizer: Any, *, max_length: int, vocab_size: int | None
     """The job's data as samples of at most `max_length` tokens, from the cache where it was made before.
 
     Sets the chat template it used on `tokenizer`. `vocab_size` is the model's: ids beyond it are an error.
+    Synthetic data needs no tokenizer, but `vocab_size`.
     Raises DataError, which says what to change, where data is missing, malformed, or leaves nothing to train on.
     """
+    if job.data.synthetic is not None:
+        assert vocab_size is not None, "synthetic tokens come from the model's vocabulary"
+        return synthetic(job.data.synthetic, max_length=max_length, vocab_size=vocab_size, seed=job.training.seed)
     started = time.perf_counter()
     loaded = _load(job.data, tokenizer, max_length)
     train, held_out, notes, cached = loaded.tokens, None, loaded.notes, loaded.cached

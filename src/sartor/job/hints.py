@@ -65,8 +65,9 @@ def known_keys() -> tuple[str, ...]:
             if typing.get_origin(hint) is typing.ClassVar:
                 continue
             keys.append(f"{prefix}{name}")
-            if dataclasses.is_dataclass(hint):
-                keys += walk(typing.cast(type, hint), f"{prefix}{name}.")
+            for option in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(option):
+                    keys += walk(typing.cast(type, option), f"{prefix}{name}.")
         return keys
 
     return tuple(walk(Job, ""))

@@ -67,6 +67,11 @@ def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mappin
         job = dataclasses.replace(job, method="peft")
     if job.method == "peft" and job.peft is None:
         raise JobError(f"{source}: method peft needs a `peft` section", remedy="e.g. `peft: {peft_type: IA3}`")
+    if bool(job.data.path) == (job.data.synthetic is not None):
+        what = "both `data.path` and `data.synthetic` are given" if job.data.path else "`data.path` is missing"
+        raise JobError(
+            f"{source}: {what}", remedy="give a file of examples, or `data: {synthetic: {length: 1024}}` to plan without"
+        )
     return job
 
 
@@ -138,7 +143,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _section_type(owner: Any, name: str) -> Any:
     hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
-    return hints.get(name)
+    return section_of(hints.get(name))
 
 
 class _Builder:
@@ -182,8 +187,9 @@ class _Builder:
         raise self.error(key, f"`{key}` should be a section of keys, not {tree!r}", remedy="see docs/job.md for its keys")
 
     def _convert(self, hint: Any, value: Any, key: str) -> Any:
-        if dataclasses.is_dataclass(hint):
-            return self.build(hint, value, f"{key}.")
+        section = section_of(hint)
+        if section is not None and not (value is None and section is not hint):
+            return self.build(section, value, f"{key}.")
         try:
             return convert(hint, value)
         except ValueError:
@@ -195,6 +201,12 @@ class _Builder:
         for name, limit in limits.items():
             if not _LIMITS[name](value, limit):
                 raise self.error(key, f"`{key}` is {value}", remedy=f"give a value {name.replace('_', ' ')} {limit}")
+
+
+def section_of(hint: Any) -> Any:
+    """The dataclass that a hint is, or may be."""
+    options = [hint, *typing.get_args(hint)]
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
 def convert(hint: Any, value: Any) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from sartor.job.load import describe
+from sartor.job.load import describe, section_of
 from sartor.job.schema import Job
 
 _HEAD = """# The job file
@@ -22,18 +22,21 @@ This page is printed from the schema (`python -m sartor.job.reference > docs/job
 
 def reference() -> str:
     """The whole page, Markdown."""
-    hints = typing.get_type_hints(Job)
-    plain = [field for field in dataclasses.fields(Job) if not dataclasses.is_dataclass(hints[field.name])]
-    parts = [_HEAD, "## Keys of the job itself\n", _table(plain, hints)]
-    for field in dataclasses.fields(Job):
-        section: Any = hints[field.name]
-        if dataclasses.is_dataclass(section):
-            parts += [
-                f"## {field.name}\n",
-                f"{section.__doc__}\n",
-                _table(dataclasses.fields(section), typing.get_type_hints(section)),
-            ]
-    return "\n".join(parts)
+    return "\n".join([_HEAD, *_sections("", Job)])
+
+
+def _sections(name: str, section: Any) -> list[str]:
+    """The page of a section: its own keys, then the sections in it."""
+    hints = typing.get_type_hints(section)
+    fields = dataclasses.fields(section)
+    inner = {field.name: section_of(hints[field.name]) for field in fields}
+    plain = [field for field in fields if inner[field.name] is None]
+    title, meaning = (f"## {name}\n", f"{section.__doc__}\n") if name else ("## Keys of the job itself\n", "")
+    parts = [title, *([meaning] if meaning else []), _table(plain, hints)]
+    for field in fields:
+        if inner[field.name] is not None:
+            parts += _sections(f"{name}.{field.name}" if name else field.name, inner[field.name])
+    return parts
 
 
 def _table(fields: Any, hints: dict[str, Any]) -> str:

@@ -41,11 +41,21 @@ class ModelJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SyntheticJob:
+    """Random tokens of a given length, to plan without data."""
+
+    length: int = option(1024, "tokens of every example", at_least=2)
+    examples: int = option(1024, "number of examples", at_least=1)
+    trained: float = option(1.0, "share of each example, at its end, that counts in the loss", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataJob:
     """Which data, and how it becomes tokens. `data: FILE` is short for `data: {path: FILE}`."""
 
     SHORTHAND: ClassVar[str] = "path"
-    path: str = required("a file (.json .jsonl .csv .tsv .parquet .txt), a folder of them, or a hub data set id")
+    path: str = option("", "a file (.json .jsonl .csv .tsv .parquet .txt), a folder of them, or a hub data set id")
+    synthetic: SyntheticJob | None = option(None, "random tokens instead of a file, e.g. `{length: 768}`")
     format: Format = option("auto", "how records are read; `auto` recognises it from the first records and says so")
     columns: dict[str, str] = option(dict, "other names for the format's columns, e.g. `{prompt: content, completion: summary}`")
     subset: str | None = option(None, "configuration of a hub data set")
@@ -146,7 +156,7 @@ class MachineJob:
     """Where to run. `machine: NAME` is short for `machine: {name: NAME}`."""
 
     SHORTHAND: ClassVar[str] = "name"
-    name: str = option("auto", "`auto`: this machine as it is")
+    name: str = option("auto", "`auto`: this machine as it is; or a name of docs/machines.md, such as L40S-48GB, to plan for it")
     device: str = option("auto", "auto, cpu, or an accelerator such as cuda or cuda:1")
     device_memory: Bytes | None = option(None, "use at most so much memory on the device, e.g. 6GiB", at_least=1)
     host_memory: Bytes | None = option(None, "use at most so much main memory, e.g. 16GiB", at_least=1)

@@ -24,6 +24,8 @@ class Device:
     name: str
     total_bytes: int
     available_bytes: int
+    sm: int | None = None
+    """CUDA compute capability, 90 for 9.0."""
 
     @property
     def torch_name(self) -> str:
@@ -43,17 +45,15 @@ class Machine:
     threads: int
     instruction_sets: tuple[str, ...]
     """Those that matter to matrix products: avx2, avx512f, avx512_bf16, amx_bf16 …"""
+    elsewhere: str = ""
+    """The catalogue's name of a machine that is not this one: plans are made for it, nothing runs on it."""
 
 
 def probe(wanted: MachineJob | None = None) -> Machine:
     """This machine, within the limits that the job sets. Raises JobError for a device that is not there."""
     wanted = wanted or MachineJob()
-    if wanted.name not in ("auto", "this"):
-        raise JobError(
-            f"machine {wanted.name!r} is not known",
-            why="so far Sartor plans for the machine it runs on",
-            remedy="`machine: auto`, or limits such as `machine: {host_memory: 16GiB}`",
-        )
+    if wanted.name != "auto":
+        return _from_catalogue(wanted)
     host = _limited_host(host_memory(), wanted.host_memory)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     accelerators = _accelerators(wanted.device_memory)
@@ -67,6 +67,41 @@ def probe(wanted: MachineJob | None = None) -> Machine:
         cores=cores,
         threads=min(wanted.threads or cores, cores),
         instruction_sets=flags,
+    )
+
+
+def _from_catalogue(wanted: MachineJob) -> Machine:
+    """A machine by name, as `sartor plan` sees it. Raises JobError for unknown names and for several devices."""
+    from sartor.machine.catalogue import lookup
+
+    model = lookup(wanted.name)
+    if model.devices > 1:
+        raise JobError(
+            f"machine {wanted.name!r} has {model.devices} devices",
+            why="this version plans for one device",
+            remedy=f"machine={model.device.name}",
+        )
+    kind = {"hip": "cuda"}.get(model.device.kind, model.device.kind)
+    if kind != "cuda":
+        raise JobError(
+            f"machine {wanted.name!r} is of kind {model.device.kind}",
+            why="the forecast knows how PyTorch allocates on CUDA and ROCm devices, and on this machine's CPU",
+            remedy="a CUDA or ROCm device of docs/machines.md",
+        )
+    total = min(model.device.memory_bytes, wanted.device_memory or model.device.memory_bytes)
+    device = Device(
+        kind=kind, index=0, name=model.device.vendor_name, total_bytes=total, available_bytes=total, sm=model.device.sm
+    )
+    host_bytes = wanted.host_memory or model.host_memory_bytes or host_memory().total_bytes
+    return Machine(
+        device=device,
+        accelerators=(device,),
+        host=HostMemory(total_bytes=host_bytes, available_bytes=host_bytes),
+        cpu_name="not known",
+        cores=1,
+        threads=1,
+        instruction_sets=(),
+        elsewhere=model.name,
     )
 
 
@@ -87,7 +122,9 @@ def _accelerators(limit: int | None) -> tuple[Device, ...]:
         free, total = module.mem_get_info(index)
         name = str(module.get_device_name(index))
         cap = total if limit is None else min(total, limit)
-        devices.append(Device(kind=kind.type, index=index, name=name, total_bytes=cap, available_bytes=min(free, cap)))
+        major, minor = module.get_device_capability(index) if kind.type == "cuda" else (0, 0)
+        sm = 10 * major + minor or None
+        devices.append(Device(kind=kind.type, index=index, name=name, total_bytes=cap, available_bytes=min(free, cap), sm=sm))
     return tuple(devices)
 
 

@@ -60,7 +60,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     anatomy = dissect(model)
     packing, note = _packing(job, method, model)
     job, longest = _resolved(job, source, method)
-    sets = prepare(job, load_tokenizer(job.model), max_length=longest, vocab_size=source.vocab_size)
+    tokenizer = None if job.data.synthetic else load_tokenizer(job.model)
+    sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
     order = batch_order(job, sets)
     setting = _Setting(
         job=job,
@@ -112,6 +113,8 @@ def _resolved(job: Job, source: ModelSource, method: MethodTraits) -> tuple[Job,
 def max_length(job: Job, source: ModelSource, method: MethodTraits) -> int:
     """The longest sequence in tokens: the job's wish, or what model and method leave. Raises JobError."""
     limit, wish, virtual = source.max_positions, job.data.max_length, method.virtual_tokens
+    if wish is None and job.data.synthetic:
+        wish = job.data.synthetic.length
     if limit is None:
         return wish or LONGEST_DEFAULT
     room = limit - virtual

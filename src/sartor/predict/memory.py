@@ -14,7 +14,9 @@ from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
 from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
+from sartor.predict.allocator import AllocatorConfig, Reserved, replay
 from sartor.predict.ledger import Ledger, Peak
+from sartor.predict.target import Target
 from sartor.predict.trace import trace_steps
 from sartor.step import Precision, make_step, make_trainable
 
@@ -28,17 +30,30 @@ TIGHT_SHARE = 0.9
 class MemoryForecast:
     """What a run will need on its device, before a byte is allocated.
 
-    `peak` counts tensors exactly as the step allocates them. `process_bytes` is what the system will show for the process:
-    on a CPU the peak on top of what the process holds already (interpreter and libraries, measured now).
+    Four numbers that are often confused. `allocated_bytes`: tensors as the step allocates them (`peak` has their parts).
+    `active_bytes`: with rounding, and with blocks that wait for a stream. `reserved_bytes`: what PyTorch's allocator has taken
+    from the driver. `process_bytes`: what the system shows for the process. On a CPU there is no such allocator: active and
+    reserved are None, and the process is the tensors on top of what it holds already (`baseline_bytes`, measured now). On an
+    accelerator `baseline_bytes` is the driver's context.
     """
 
     verdict: Verdict
     reason: str
     peak: Peak | None
+    allocated_bytes: int | None
+    active_bytes: int | None
+    reserved_bytes: int | None
     process_bytes: int | None
     baseline_bytes: int
     available_bytes: int
     trace_seconds: float
+
+    @property
+    def allocator_bytes(self) -> int:
+        """What the allocator holds beyond the tensors."""
+        if self.process_bytes is None or self.peak is None:
+            return 0
+        return self.process_bytes - self.baseline_bytes - self.peak.total_bytes
 
 
 def forecast_memory(
@@ -51,26 +66,42 @@ def forecast_memory(
     recompute: bool,
     attention: str | None,
 ) -> MemoryForecast:
-    """Trace two steps of the job over `batches` and compare the peak with the device's memory."""
+    """Trace two steps of the job over `batches`, replay the device's allocator, and compare with the device's memory."""
     start = time.perf_counter()
-    peak, reason = None, ""
+    target = Target.of(machine.device)
+    ledger, reason = None, ""
     try:
-        peak = _trace(job, source, batches, precision=precision, recompute=recompute, attention=attention).peak()
+        ledger = _trace(job, source, batches, target, precision=precision, recompute=recompute, attention=attention)
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    seconds = time.perf_counter() - start
     # Measured after tracing: by then the libraries that training needs are loaded.
-    baseline = resident_bytes() if machine.device.kind == "cpu" else 0
-    available = min(machine.device.available_bytes + baseline, machine.device.total_bytes)
-    needed = None if peak is None else baseline + peak.total_bytes
-    verdict: Verdict = "cannot say"
-    if needed is not None:
-        verdict, reason = _judge(needed, available)
+    baseline = resident_bytes() if machine.device.kind == "cpu" else target.context_bytes
+    held = baseline if machine.device.kind == "cpu" else 0
+    available = min(machine.device.available_bytes + held, machine.device.total_bytes)
+    if ledger is None:
+        return _forecast("cannot say", reason, None, None, baseline, available, time.perf_counter() - start)
+    peak, reserved = ledger.peak(), None
+    needed = baseline + peak.total_bytes
+    if target.kind == "cuda":
+        reserved = replay(target.with_workspace(ledger), AllocatorConfig(capacity_bytes=available - baseline))
+        needed = baseline + reserved.reserved.total_bytes
+    verdict, reason = _judge(needed, available, reserved)
+    return _forecast(verdict, reason, peak, reserved, baseline, available, time.perf_counter() - start)
+
+
+def _forecast(
+    verdict: Verdict, reason: str, peak: Peak | None, reserved: Reserved | None, baseline: int, available: int, seconds: float
+) -> MemoryForecast:
+    tensors = peak.total_bytes if peak else None
+    process = None if tensors is None else baseline + (reserved.reserved.total_bytes if reserved else tensors)
     return MemoryForecast(
         verdict=verdict,
         reason=reason,
         peak=peak,
-        process_bytes=needed,
+        allocated_bytes=reserved.allocated.total_bytes if reserved else tensors,
+        active_bytes=reserved.active.total_bytes if reserved else None,
+        reserved_bytes=reserved.reserved.total_bytes if reserved else None,
+        process_bytes=process,
         baseline_bytes=baseline,
         available_bytes=available,
         trace_seconds=seconds,
@@ -78,17 +109,28 @@ def forecast_memory(
 
 
 def _trace(
-    job: Job, source: ModelSource, batches: Sequence[Batch], *, precision: Precision, recompute: bool, attention: str | None
+    job: Job,
+    source: ModelSource,
+    batches: Sequence[Batch],
+    target: Target,
+    *,
+    precision: Precision,
+    recompute: bool,
+    attention: str | None,
 ) -> Ledger:
     model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
     model = make_trainable(model, job, precision, recompute=recompute, meta=True)
-    return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches)
+    return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches, target=target)
 
 
-def _judge(needed: int, available: int) -> tuple[Verdict, str]:
+def _judge(needed: int, available: int, reserved: Reserved | None) -> tuple[Verdict, str]:
+    """On an accelerator what counts is whether the allocator gets through; emptying its cache on the way is called tight."""
     text = f"needs {format_bytes(needed)} of {format_bytes(available)}"
-    if needed <= TIGHT_SHARE * available:
-        return "fits", text
-    if needed <= available:
+    if reserved is not None and reserved.out_of_memory is not None:
+        moment = reserved.out_of_memory
+        return "does not fit", f"needs more than {format_bytes(available)}: memory runs out in {moment.phase}"
+    if needed > available:
+        return "does not fit", text
+    if needed > TIGHT_SHARE * available or (reserved is not None and reserved.retries):
         return "tight", text
-    return "does not fit", text
+    return "fits", text

@@ -20,17 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.data.pack import Batch
 from sartor.predict.ledger import Event, Ledger
+from sartor.predict.target import Target
 from sartor.step import TensorBatch, TrainStep
 
 
 class StorageTracker(TorchDispatchMode):
     """Follows every storage from the first operator that returns it until it dies. Works on fake and on real tensors."""
 
-    def __init__(self, *, packed: bool = False) -> None:
+    def __init__(self, *, packed: bool = False, target: Target | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.phase = "build"
         self._packed = packed
+        self._target = target or Target(kind="cpu")
         self._sizes: dict[int, int] = {}
         self._serials: dict[int, int] = {}
         self._count = 0
@@ -43,9 +45,12 @@ class StorageTracker(TorchDispatchMode):
             result = _grouped_mm(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
+        scratch = self._target.transient_bytes(func, args)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
+        if scratch:
+            self._note_scratch(scratch)
         return result
 
     def see(self, tensor: torch.Tensor) -> int:
@@ -69,6 +74,12 @@ class StorageTracker(TorchDispatchMode):
         self._note(key, -self._sizes.pop(key))
         del self._serials[key]
 
+    def _note_scratch(self, size_bytes: int) -> None:
+        """Memory that came and went inside an operator, beside its results."""
+        for size in (size_bytes, -size_bytes):
+            self.ledger.events.append(Event(storage=self._count, size_bytes=size, phase=self.phase))
+        self._count += 1
+
     def _note(self, key: int, size_bytes: int) -> None:
         self.ledger.events.append(Event(storage=self._serials[key], size_bytes=size_bytes, phase=self.phase))
 
@@ -79,13 +90,14 @@ def trace_steps(
     batches: Sequence[Batch],
     *,
     steps: int = 2,
+    target: Target | None = None,
 ) -> Ledger:
     """Two training steps of a model that lives on the meta device, each over these micro-batches.
 
     `make_step` builds the same `TrainStep` that the run will use.
     """
     packed = any(batch.position_ids_RT is not None for batch in batches)
-    tracker = StorageTracker(packed=packed)
+    tracker = StorageTracker(packed=packed, target=target)
     trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
     with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
         _materialise(model)

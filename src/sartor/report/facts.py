@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sartor.train.record import MemoryOutcome, Run
 
 BASELINE = "process"
+ALLOCATOR = "allocator"
 
 # Control characters of data and file names must not reach a terminal or a page: ␛ for ESC and so on.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -24,7 +25,7 @@ _VISIBLE |= dict.fromkeys([*range(128, 160), *range(55296, 57344)], 65533)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of the forecast's memory. `key` is one of KINDS, or BASELINE."""
+    """A part of the forecast's memory. `key` is one of KINDS, BASELINE, or ALLOCATOR."""
 
     key: str
     name: str
@@ -40,9 +41,11 @@ def memory_parts(forecast: MemoryForecast) -> tuple[Part, ...]:
     """The parts that add up to the forecast, the process's own first; none where nothing could be forecast."""
     if forecast.peak is None:
         return ()
-    parts = [Part(key=BASELINE, name="process itself", size_bytes=forecast.baseline_bytes)]
+    on_cpu = forecast.reserved_bytes is None
+    parts = [Part(key=BASELINE, name="process itself" if on_cpu else "driver", size_bytes=forecast.baseline_bytes)]
     names = [*KINDS, *(kind for kind in forecast.peak.by_kind if kind not in KINDS)]
     parts += [Part(key=kind, name=kind, size_bytes=forecast.peak.by_kind.get(kind, 0)) for kind in names]
+    parts.append(Part(key=ALLOCATOR, name="allocator", size_bytes=forecast.allocator_bytes))
     return tuple(part for part in parts if part.size_bytes > 0)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red", "cannot say": "bold magenta"}
 _PART_STYLES = {
     facts.BASELINE: ("P", "grey62"),
+    facts.ALLOCATOR: ("L", "grey42"),
     "weights": ("W", "dodger_blue2"),
     "gradients": ("G", "dark_orange"),
     "optimizer": ("O", "medium_purple"),

@@ -25,7 +25,7 @@ from sartor.train.checkpoint import Progress, TrainState
 from sartor.train.metrics import MetricsWriter, Observer, Observers
 from sartor.train.outcome import memory_outcome, not_finite, record, reset_peaks
 from sartor.train.record import EvalRecord, Run, StepRecord
-from sartor.train.setup import Workbench, adopt, check_identity, identity, set_up
+from sartor.train.setup import Workbench, adopt, check_identity, check_runnable, identity, set_up
 from sartor.train.signals import StopRequest, stop_requests
 
 RESUME_LATEST = "latest"
@@ -37,6 +37,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
     `resume`: "latest", or the name of a checkpoint; the run then goes on exactly as if it had never stopped.
     Raises Interrupted after a stop signal (everything saved), RunError or UsageError with the remedy.
     """
+    check_runnable(plan)
     with files.owned(Path(plan.job.output), resume=resume is not None) as folder:
         watchers = Observers(*observers)
         # -- 1. where the run stands, and its live objects

@@ -17,7 +17,7 @@ from torch import nn
 from sartor.data import DataSets, TokenSet, prepare
 from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, step_batches
-from sartor.errors import JobError, RunError
+from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.model import build, load_tokenizer, resolve
 from sartor.plan import Plan, batch_order, load_dtype
@@ -54,7 +54,6 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
 
     Raises ModelError, DataError or JobError of the rooms below.
     """
-    refuse_several_processes()
     job, strategy = plan.job, plan.strategy
     torch.set_num_threads(strategy.threads)
     tokenizer = load_tokenizer(job.model)
@@ -137,11 +136,16 @@ def check_identity(plan: Plan, sets: DataSets, stored: str) -> None:
         )
 
 
-def refuse_several_processes() -> None:
-    """Raises RunError under a launcher that started several processes: they would all write one folder."""
+def check_runnable(plan: Plan) -> None:
+    """Raises UsageError for a plan made for another machine, RunError under a launcher of several processes."""
+    if plan.machine.elsewhere:
+        raise UsageError(
+            f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
+            remedy="`sartor plan` it here; train it there, or with machine=auto",
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes",
+            f"started as one of {os.environ['WORLD_SIZE']} processes, which would all write one folder",
             why="this version trains in one process",
             remedy="run it without torchrun, accelerate or srun -n",
         )
