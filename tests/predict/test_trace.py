@@ -32,7 +32,7 @@ def batch(packing: bool) -> Batch:
 
 
 def forecast(job: Job, mode: str, recompute: bool, batches: list[Batch]) -> dict[str, int]:
-    precision = Precision(mode=mode)
+    precision = Precision.of(mode)
     model = skeleton(resolve(job.model), dtype=precision.load_dtype(adapter=traits(job).adapter))
     model = make_trainable(model, job, precision, recompute=recompute, meta=True)
     peak = trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches).peak()
@@ -40,7 +40,7 @@ def forecast(job: Job, mode: str, recompute: bool, batches: list[Batch]) -> dict
 
 
 def measured(job: Job, mode: str, recompute: bool, batches: list[Batch]) -> dict[str, int]:
-    precision = Precision(mode=mode)
+    precision = Precision.of(mode)
     model = build(resolve(job.model), dtype=precision.load_dtype(adapter=traits(job).adapter), device="cpu")
     model = make_trainable(model, job, precision, recompute=recompute, seed=0)
     tracker = StorageTracker()
@@ -89,7 +89,7 @@ def test_tracing_takes_no_memory() -> None:
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     source = ModelSource(path="llama-7b", config=config, has_weights=False)
     job = from_mapping({"model": "llama-7b", "data": "unused", "method": "lora"})
-    precision = Precision(mode="bf16")
+    precision = Precision.of("bf16")
     model = make_trainable(skeleton(source, dtype=torch.bfloat16), job, precision, recompute=False, meta=True)
     peak = trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), [batch(packing=True)]).peak()
     assert peak.by_kind["weights"] > 12 * 2**30

@@ -18,6 +18,7 @@ from sartor.methods import MethodTraits
 from sartor.model import Anatomy
 from sartor.plan import Plan, Rejected, Strategy
 from sartor.predict import MemoryForecast, Peak
+from sartor.step import Precision
 from sartor.train import Answer, MemoryOutcome, Run
 
 GIB = 2**30
@@ -82,7 +83,7 @@ def make_plan(**changes: Any) -> Plan:
     strategy = Strategy(
         device="cpu",
         threads=8,
-        precision="float32",
+        precision=Precision.of("float32"),
         packing=True,
         row_capacity=512,
         micro_batch=8,

@@ -42,6 +42,27 @@ def test_only_matrices_decay() -> None:
 def test_precision_modes() -> None:
     assert Precision.resolve(PrecisionJob(), "cpu").mode == "float32"
     assert Precision.resolve(PrecisionJob(), "cuda").mode == "bf16-mixed"
-    assert Precision(mode="bf16-mixed").load_dtype(adapter=True) == torch.bfloat16
-    assert Precision(mode="bf16-mixed").load_dtype(adapter=False) == torch.float32
-    assert Precision(mode="bf16").load_dtype(adapter=False) == torch.bfloat16
+    assert Precision.of("bf16-mixed").load_dtype(adapter=True) == torch.bfloat16
+    assert Precision.of("bf16-mixed").load_dtype(adapter=False) == torch.float32
+    assert Precision.of("bf16").load_dtype(adapter=False) == torch.bfloat16
+
+
+def test_formats_given_one_by_one() -> None:
+    job = PrecisionJob(weights="float16", compute="as-stored")
+    precision = Precision.resolve(job, "cuda")
+    assert (precision.weights, precision.trained, precision.compute) == ("float16", "float32", "as-stored")
+    assert precision.load_dtype(adapter=True) == torch.float16
+    assert precision.needs_loss_scaling
+    assert not Precision.of("bf16-mixed").needs_loss_scaling
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-foreach", "sgd"])
+def test_every_optimizer_takes_a_step(name: str) -> None:
+    layer = nn.Linear(3, 3)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(dict(layer.named_parameters()), TrainingJob(optimizer=name))  # type: ignore[arg-type]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)

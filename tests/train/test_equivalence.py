@@ -33,8 +33,9 @@ def ragged(count: int, *, longest: int = 60, seed: int = 0) -> TokenSet:
 
 def one_step(model: torch.nn.Module, samples: TokenSet, **cut: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss per trained token and gradients of all samples as one optimizer step."""
-    job = from_mapping({"model": "unused", "data": "unused", "method": "full", "training": {"clip_norm": 0}})
-    precision = Precision(mode="float32")
+    training = {"clip_norm": 0, "loss": cut.pop("loss", "sartor")}
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full", "training": training})
+    precision = Precision.of("float32")
     model = make_trainable(copy.deepcopy(model), job, precision, recompute=cut.pop("recompute", False))
     step = make_step(model, job, precision, device_kind="cpu")
     batches = step_batches(samples, np.arange(len(samples)), pad_id=0, **cut)
@@ -108,3 +109,10 @@ def test_loss_is_that_of_transformers(model: torch.nn.Module) -> None:
         theirs = float(model(input_ids=torch.tensor(sample.input_ids)[None].long(), labels=labels).loss)
     ours, _ = one_step(model, samples, capacity=128, packing=False, micro_batch=1)
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_both_losses_agree(model: torch.nn.Module, packing: bool) -> None:
+    samples = ragged(8)
+    ours = one_step(model, samples, capacity=128, packing=packing, micro_batch=3)
+    assert_same(ours, one_step(model, samples, capacity=128, packing=packing, micro_batch=3, loss="hf"))

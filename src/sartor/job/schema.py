@@ -12,6 +12,7 @@ Bytes = NewType("Bytes", int)
 """An int that the loader reads from `6GiB`."""
 
 Method = Literal["full", "lora", "prefix", "prompt", "peft"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"]
 
 
@@ -131,6 +132,12 @@ class TrainingJob:
     weight_decay: float = option(0.0, "decoupled weight decay on matrices (not on norms and biases)", at_least=0)
     betas: list[float] = option(lambda: [0.9, 0.999], "Adam's decay rates of the first and second moment")
     epsilon: float = option(1e-8, "Adam's epsilon", above=0)
+    optimizer: Literal["adamw", "adamw-foreach", "sgd"] = option(
+        "adamw", "adamw (fused), adamw-foreach (PyTorch's default on accelerators, takes temporaries of all it trains), sgd"
+    )
+    loss: Literal["sartor", "hf"] = option(
+        "sartor", "sartor (logits where the mask is set only), hf (transformers' own, all of them)"
+    )
     clip_norm: float = option(1.0, "clip gradients to this global norm; 0 turns clipping off", at_least=0)
     seed: int = option(0, "of data order, initialisation and dropout", at_least=0)
     save_every: int | None = option(None, "checkpoint every so many steps; always at the end", at_least=1)
@@ -141,13 +148,18 @@ class TrainingJob:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionJob:
-    """`precision: MODE` is short for `precision: {mode: MODE}`."""
+    """`precision: MODE` is short for `precision: {mode: MODE}`; the other keys say otherwise than the mode does."""
 
     SHORTHAND: ClassVar[str] = "mode"
     mode: Literal["auto", "float32", "bf16-mixed", "bf16"] = option(
         "auto",
         "float32; bf16-mixed (what trains in float32, the rest and the arithmetic in bfloat16); bf16 (all in bfloat16); "
         "auto: bf16-mixed on accelerators, float32 on CPU",
+    )
+    weights: Dtype | None = option(None, "format of frozen weights (and, with method full, of all that is loaded)")
+    trained: Dtype | None = option(None, "format of what trains, and so of its gradients and moments")
+    compute: Dtype | Literal["as-stored"] | None = option(
+        None, "autocast to this format; `as-stored` computes in the format of the weights. float16 is for planning only"
     )
 
 

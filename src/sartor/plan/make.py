@@ -189,7 +189,7 @@ def _candidates(setting: _Setting, row_capacity: int) -> Iterator[Strategy]:
             yield Strategy(
                 device=setting.machine.device.torch_name,
                 threads=setting.machine.threads,
-                precision=setting.precision.mode,
+                precision=setting.precision,
                 packing=setting.packing,
                 row_capacity=row_capacity,
                 micro_batch=micro_batch,
@@ -224,4 +224,4 @@ def worst_micro_batches(samples: TokenSet, order: BatchOrder, strategy: Strategy
 
 def load_dtype(plan: Plan) -> torch.dtype:
     """Format in which the plan loads the base model."""
-    return Precision(mode=plan.strategy.precision).load_dtype(adapter=plan.traits.adapter)
+    return plan.strategy.precision.load_dtype(adapter=plan.traits.adapter)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sartor.step import Precision
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
@@ -12,8 +14,7 @@ class Strategy:
     device: str
     """As `torch.device` takes it."""
     threads: int
-    precision: str
-    """float32, bf16-mixed or bf16."""
+    precision: Precision
     packing: bool
     row_capacity: int
     """Tokens that fit in a row; the method's virtual tokens come on top."""
@@ -28,4 +29,4 @@ class Strategy:
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
         activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
-        return f"{self.device}, {self.precision}, {rows}, micro-batch {self.micro_batch}, {activations}{attention}"
+        return f"{self.device}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}, {activations}{attention}"

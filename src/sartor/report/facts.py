@@ -123,7 +123,7 @@ def differences(chosen: Strategy, other: Strategy) -> str:
     if other.device != chosen.device:
         words.append(other.device)
     if other.precision != chosen.precision:
-        words.append(other.precision)
+        words.append(other.precision.describe())
     if (other.packing, other.row_capacity) != (chosen.packing, chosen.row_capacity):
         words.append(f"packed rows of {other.row_capacity}" if other.packing else "one example a row")
     if other.micro_batch != chosen.micro_batch:

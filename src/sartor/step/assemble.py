@@ -32,4 +32,5 @@ def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: 
         precision=precision,
         device_kind=device_kind,
         clip_norm=job.training.clip_norm,
+        loss=job.training.loss,
     )

@@ -21,7 +21,7 @@ class TensorBatch:
     """A `Batch` on a device."""
 
     input_ids_RT: Tensor
-    targets_RK: Tensor
+    targets_RT: Tensor
     position_ids_RT: Tensor | None
     kept_K: Tensor
 
@@ -30,7 +30,7 @@ class TensorBatch:
         positions = batch.position_ids_RT
         return cls(
             input_ids_RT=torch.as_tensor(batch.input_ids_RT, device=device),
-            targets_RK=torch.as_tensor(batch.targets_RT[:, batch.kept_K], device=device),
+            targets_RT=torch.as_tensor(batch.targets_RT, device=device),
             position_ids_RT=None if positions is None else torch.as_tensor(positions, device=device),
             kept_K=torch.as_tensor(batch.kept_K, device=device),
         )
@@ -43,7 +43,8 @@ class SumLoss:
     are told apart by position ids that start again with every example, from which transformers builds the mask.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, kind: str = "sartor") -> None:
+        self._kind = kind
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -61,9 +62,20 @@ class SumLoss:
             inputs["position_ids"] = batch.position_ids_RT
         if self._takes_cache_flag:
             inputs["use_cache"] = False
+        if self._kind == "hf":
+            return _transformers_loss(model, inputs, batch)
         if self._keeps_logits:
             logits_RKV = model(**inputs, logits_to_keep=kept_K).logits
         else:
             logits_RKV = model(**inputs).logits[:, kept_K]
         logits_RKV = logits_RKV.float()
-        return F.cross_entropy(logits_RKV.flatten(0, 1), batch.targets_RK.flatten(), ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(
+            logits_RKV.flatten(0, 1), batch.targets_RT[:, batch.kept_K].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+
+
+def _transformers_loss(model: nn.Module, inputs: dict[str, Any], batch: TensorBatch) -> Tensor:
+    """The sum that transformers' own loss makes of all logits in float32. It shifts the labels by itself."""
+    labels_RT = F.pad(batch.targets_RT, (1, 0), value=IGNORE)[:, :-1]
+    loss: Tensor = model(**inputs, labels=labels_RT, num_items_in_batch=1).loss
+    return loss

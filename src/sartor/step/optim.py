@@ -1,4 +1,4 @@
-"""AdamW and the learning rate: what PyTorch has, configured from the job."""
+"""The optimizer and the learning rate: what PyTorch has, configured from the job."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch import nn
 from sartor.job.schema import TrainingJob
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); weight decay acts on matrices only."""
+def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob) -> torch.optim.Optimizer:
+    """The job's optimizer; AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) by default. Weight decay acts on matrices only."""
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": job.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(job.betas[0], job.betas[1]),
-        eps=job.epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    kernel = {"fused": True} if job.optimizer == "adamw" else {"foreach": True}
+    return torch.optim.AdamW(groups, lr=0.0, betas=(job.betas[0], job.betas[1]), eps=job.epsilon, **kernel)
 
 
 def learning_rate(step: int, total_steps: int, job: TrainingJob, *, peak: float) -> float:

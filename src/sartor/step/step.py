@@ -34,21 +34,25 @@ class TrainStep:
         precision: Precision,
         device_kind: str,
         clip_norm: float,
+        loss: str = "sartor",
     ) -> None:
         self.model, self.parameters, self.optimizer = model, parameters, optimizer
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
-        self.loss = SumLoss(model)
+        self.loss = SumLoss(model, kind=loss)
 
     def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
-        """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm`."""
+        """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all)."""
         losses = []
         for batch in batches:
             with self.precision.autocast(self.device_kind):
                 loss = self.loss(self.model, batch)
             (loss / trained_tokens).backward()
             losses.append(loss.detach())
-        limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        parameters = list(self.parameters.values())
+        if self.clip_norm > 0:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return Gradients(losses=losses, norm=norm)
 
     def update(self, rate: float) -> None:

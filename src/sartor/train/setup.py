@@ -21,7 +21,7 @@ from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.model import build, load_tokenizer, resolve
 from sartor.plan import Plan, batch_order, load_dtype
-from sartor.step import Precision, TrainStep, make_step, make_trainable, mixes_examples
+from sartor.step import TrainStep, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
 
@@ -62,7 +62,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     sets = prepare(job, tokenizer, max_length=job.data.max_length, vocab_size=source.vocab_size)
     if checkpoint is not None and not plan.traits.adapter:
         source = dataclasses.replace(source, path=str(checkpoint), has_weights=True, revision=None)
-    seed, precision = job.training.seed, Precision(mode=strategy.precision)
+    seed, precision = job.training.seed, strategy.precision
     model = build(source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed)
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
@@ -142,6 +142,12 @@ def check_runnable(plan: Plan) -> None:
         raise UsageError(
             f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
             remedy="`sartor plan` it here; train it there, or with machine=auto",
+        )
+    if plan.strategy.precision.needs_loss_scaling:
+        raise UsageError(
+            "float16 arithmetic is for planning only",
+            why="its gradients underflow without loss scaling, which this version does not do",
+            remedy="precision=bf16-mixed, or float32",
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
