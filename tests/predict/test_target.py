@@ -69,8 +69,8 @@ def test_the_workspace_comes_with_the_first_product_and_stays() -> None:
         Event(storage=1, size_bytes=1024, phase="step 1: forward and backward"),
     ]
     with_workspace = Target(kind="cuda", sm=80).with_workspace(Ledger(events=events))
-    assert [event.size_bytes for event in with_workspace] == [512, 8_519_680, 1024]
-    assert Target(kind="cuda", sm=90).workspace_bytes == 32 * 2**20
+    assert [event.size_bytes for event in with_workspace] == [512, 8_519_680, 8_519_680, 1024]
+    assert Target(kind="cuda", sm=90).workspace_bytes == 2 * 32 * 2**20
     assert list(Target(kind="cpu").with_workspace(Ledger(events=events))) == events
 
 

@@ -17,8 +17,11 @@ from sartor.predict.ledger import Event, Ledger
 MIB = 2**20
 
 CUBLAS_WORKSPACE = {"before Hopper": 8_519_680, "from Hopper on": 32 * MIB}
-"""Per device and stream, allocated by the first matrix product and kept: `:4096:2:16:8` and `:4096:8`, in bytes
-(PyTorch 2.13, aten/src/ATen/cuda/CUDABlas.cpp and CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
+"""Per cuBLAS handle and stream, allocated by its first matrix product and kept: `:4096:2:16:8` and `:4096:8`, in bytes
+(PyTorch 2.13, aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
+
+CUBLAS_HANDLES = 2
+"""Handles belong to threads (the same file, DeviceThreadHandlePool): forward has one, and so has autograd's thread in backward."""
 
 CONTEXT = {"before Ampere": 150 * MIB, "from Ampere on": 450 * MIB}
 """What the driver takes for the process beside PyTorch's allocator: context and loaded kernels. 130–150 MiB were measured on a
@@ -39,10 +42,10 @@ class Target:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory that the matrix library takes from the allocator for good."""
+        """Memory that the matrix library takes from the allocator for good, all handles together."""
         if self.kind != "cuda":
             return 0
-        return CUBLAS_WORKSPACE["from Hopper on" if (self.sm or 80) >= 90 else "before Hopper"]
+        return CUBLAS_HANDLES * CUBLAS_WORKSPACE["from Hopper on" if (self.sm or 80) >= 90 else "before Hopper"]
 
     @property
     def context_bytes(self) -> int:
@@ -66,8 +69,9 @@ class Target:
         if not self.workspace_bytes:
             return ledger.events
         first = next((place for place, event in enumerate(ledger.events) if event.phase != "build"), 0)
-        workspace = Event(storage=-1, size_bytes=self.workspace_bytes, phase="build")
-        return [*ledger.events[:first], workspace, *ledger.events[first:]]
+        size = self.workspace_bytes // CUBLAS_HANDLES
+        workspaces = [Event(storage=-1 - handle, size_bytes=size, phase="build") for handle in range(CUBLAS_HANDLES)]
+        return [*ledger.events[:first], *workspaces, *ledger.events[first:]]
 
 
 def _flash_backward_scratch(query: torch.Tensor, key: torch.Tensor) -> int:
