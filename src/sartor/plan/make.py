@@ -14,6 +14,7 @@ from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, collate, fill_rows, micro_batches
 from sartor.errors import DoesNotFit, JobError
 from sartor.job import Job
+from sartor.job.units import format_bytes
 from sartor.machine import Machine, probe
 from sartor.methods import MethodTraits, apply, trained_parameters, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
@@ -74,6 +75,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         order=order,
     )
     strategy, forecast, rejected = _choose(setting, longest)
+    if forecast is None:
+        raise _does_not_fit(setting, rejected)
     trained = sum(parameter.numel() for parameter in trained_parameters(apply(model, job, meta=True)).values())
     return Plan(
         job=job,
@@ -142,21 +145,12 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, st
     return not reason, f"not packed: {reason}" if reason else ""
 
 
-def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
-    """The first candidate that fits; candidates come fastest first. Raises DoesNotFit with what would help."""
+def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast | None, list[Rejected]]:
+    """The first candidate that fits, else the first that is tight; candidates come fastest first. No forecast: none does."""
     rejected: list[Rejected] = []
     tight: tuple[Strategy, MemoryForecast] | None = None
     for strategy in _candidates(setting, row_capacity):
-        batches = worst_micro_batches(setting.sets.train, setting.order, strategy)
-        forecast = forecast_memory(
-            setting.job,
-            setting.source,
-            setting.machine,
-            batches,
-            precision=setting.precision,
-            recompute=strategy.recompute,
-            attention=strategy.attention,
-        )
+        forecast = _forecast(setting, strategy)
         if forecast.verdict in ("fits", "cannot say"):
             return strategy, forecast, rejected
         if forecast.verdict == "tight" and tight is None:
@@ -164,12 +158,53 @@ def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForec
         rejected.append(Rejected(strategy=strategy, reason=f"{forecast.verdict}: {forecast.reason}"))
     if tight is not None:
         return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
-    last = rejected[-1]
-    raise DoesNotFit(
-        f"this job does not fit on {setting.machine.device.torch_name}: it {last.reason.partition(': ')[2]}",
-        why=f"the smallest strategy tried is: {last.strategy.describe()}",
-        remedy="a shorter data.max_length, method lora instead of full, precision bf16, or a smaller model",
+    return rejected[-1].strategy, None, rejected
+
+
+def _forecast(setting: _Setting, strategy: Strategy) -> MemoryForecast:
+    return forecast_memory(
+        setting.job,
+        setting.source,
+        setting.machine,
+        worst_micro_batches(setting.sets.train, setting.order, strategy),
+        precision=setting.precision,
+        recompute=strategy.recompute,
+        attention=strategy.attention,
     )
+
+
+def _does_not_fit(setting: _Setting, rejected: list[Rejected]) -> DoesNotFit:
+    """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried."""
+    smallest = rejected[-1]
+    helps = []
+    for words, changed in _changes(setting):
+        strategy = dataclasses.replace(smallest.strategy, precision=changed.precision)
+        forecast = _forecast(changed, strategy)
+        if forecast.verdict in ("fits", "tight") and forecast.process_bytes is not None:
+            helps.append(f"{words} ({format_bytes(forecast.process_bytes)})")
+    return DoesNotFit(
+        f"this job does not fit on {setting.machine.device.torch_name}: it {smallest.reason.partition(': ')[2]}",
+        why=f"the smallest strategy tried is: {smallest.strategy.describe()}",
+        remedy="; or ".join(helps) or "a smaller model, or a device with more memory: nothing that was tried alone is enough",
+    )
+
+
+def _changes(setting: _Setting) -> Iterator[tuple[str, _Setting]]:
+    """Single changes of the job that need less memory, the gentlest first."""
+    job = setting.job
+    if setting.precision.mode == "float32":
+        yield "precision=bf16-mixed", dataclasses.replace(setting, precision=Precision.of("bf16-mixed"))
+    if setting.precision.mode != "bf16":
+        yield "precision=bf16", dataclasses.replace(setting, precision=Precision.of("bf16"))
+    if job.method == "full":
+        lora = dataclasses.replace(job, method="lora")
+        yield "method=lora", dataclasses.replace(setting, job=lora, method=traits(lora))
+    longest = int(setting.sets.train.lengths.max())
+    half = [index for index, length in enumerate(setting.sets.train.lengths) if length <= longest // 2]
+    if len(half) >= job.training.global_batch:
+        sets = dataclasses.replace(setting.sets, train=setting.sets.train.take(half))
+        changed = dataclasses.replace(setting, sets=sets, order=batch_order(job, sets))
+        yield f"data.max_length={longest // 2} with data.overlong=drop", changed
 
 
 def _candidates(setting: _Setting, row_capacity: int) -> Iterator[Strategy]:

@@ -16,6 +16,9 @@ from sartor.model import Anatomy
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
 
+SCHEMA_VERSION = 1
+"""Of `plan.yaml` and `sartor plan --json`; raised when a key changes its meaning or goes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
@@ -46,7 +49,9 @@ class Plan:
         """Plain nested mappings, as `plan.yaml` and `sartor plan --json` hold them."""
         tree = _plain(self)
         assert isinstance(tree, dict), "a dataclass becomes a mapping"
-        return {**tree, "job": to_mapping(self.job)}
+        forecast = self.forecast.to_mapping()
+        changed = {"job": to_mapping(self.job), "forecast": forecast}
+        return {"schema_version": SCHEMA_VERSION, "verdict": forecast["verdict"], **tree, **changed}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+
+MOST_MODULES = 12
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
@@ -15,6 +19,8 @@ class Event:
     storage: int
     size_bytes: int
     phase: str
+    module: str = ""
+    """Path of the module whose forward (or recomputation) was running; empty in backward and update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,12 @@ class Peak:
     total_bytes: int
     phase: str
     by_kind: dict[str, int]
+    by_module: dict[str, int] = field(default_factory=dict)
+    """What is live, by the module that made it, largest first; blocks are counted together (`layers.*`)."""
+    kind: str = ""
+    """The kind that holds most."""
+    module: str = ""
+    """The module that was running."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +54,28 @@ class Ledger:
             if live > best:
                 best, at = live, place
         by_kind: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        by_module: Counter[str] = Counter()
+        makers: dict[int, str] = {}
         for event in self.events[: at + 1]:
             by_kind[self.kinds.get(event.storage, "activations")] += event.size_bytes
-        phase = self.events[at].phase if self.events else ""
-        return Peak(total_bytes=best, phase=phase, by_kind=dict(by_kind))
+            maker = makers.setdefault(event.storage, _maker(event))
+            by_module[maker] += event.size_bytes
+        if not self.events:
+            return Peak(total_bytes=0, phase="", by_kind=dict(by_kind))
+        last = self.events[at]
+        return Peak(
+            total_bytes=best,
+            phase=last.phase,
+            by_kind=dict(by_kind),
+            by_module={module: size for module, size in by_module.most_common(MOST_MODULES) if size > 0},
+            kind=max(by_kind, key=by_kind.__getitem__),
+            module=last.module,
+        )
+
+
+def _maker(event: Event) -> str:
+    """Who made a storage: a module, its index left out, or what runs outside of modules."""
+    if event.module:
+        return _INDEX.sub(".*", event.module.removeprefix("base_model.model."))  # PEFT's wrapping says nothing
+    stage = event.phase.partition(": ")[2]
+    return {"": "weights", "update": "optimizer update", "forward and backward": "loss and backward"}.get(stage, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sartor.data.pack import Batch
 from sartor.job.schema import Job
@@ -47,6 +47,39 @@ class MemoryForecast:
     baseline_bytes: int
     available_bytes: int
     trace_seconds: float
+
+    @property
+    def interval(self) -> tuple[int, int] | None:
+        """Bytes of the process: at least the tensors and what is there already, at most what the verdict makes room for."""
+        if self.process_bytes is None or self.peak is None:
+            return None
+        return self.baseline_bytes + self.peak.total_bytes, round(self.process_bytes / TIGHT_SHARE)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As `sartor plan --json` prints it (docs/plan.md); numbers that could not be forecast are null."""
+        device = {
+            "rank": 0,
+            "allocated_bytes": self.allocated_bytes,
+            "active_bytes": self.active_bytes,
+            "reserved_bytes": self.reserved_bytes,
+            "process_bytes": self.process_bytes,
+            "capacity_bytes": self.available_bytes,
+            "interval": None if self.interval is None else list(self.interval),
+        }
+        on_host = self.reserved_bytes is None
+        peak = self.peak
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "device": [device],
+            "host": {"rss_bytes": self.process_bytes if on_host else None},
+            "breakdown": None
+            if peak is None
+            else {**peak.by_kind, "process": self.baseline_bytes, "allocator": self.allocator_bytes},
+            "by_module": None if peak is None else peak.by_module,
+            "peak": None if peak is None else {"phase": peak.phase, "module": peak.module, "kind": peak.kind},
+            "trace_seconds": self.trace_seconds,
+        }
 
     @property
     def allocator_bytes(self) -> int:

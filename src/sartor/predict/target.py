@@ -21,7 +21,7 @@ CUBLAS_WORKSPACE = {"before Hopper": 8_519_680, "from Hopper on": 32 * MIB}
 (PyTorch 2.13, aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize)."""
 
 CUBLAS_HANDLES = 2
-"""Handles belong to threads (the same file, DeviceThreadHandlePool): forward has one, and so has autograd's thread in backward."""
+"""Handles belong to threads (the same file, DeviceThreadHandlePool): forward has one, and so has autograd in backward."""
 
 CONTEXT = {"before Ampere": 150 * MIB, "from Ampere on": 450 * MIB}
 """What the driver takes for the process beside PyTorch's allocator: context and loaded kernels. 130–150 MiB were measured on a

@@ -31,6 +31,7 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.phase = "build"
+        self._modules: list[str] = []
         self._packed = packed
         self._target = target or Target(kind="cpu")
         self._sizes: dict[int, int] = {}
@@ -65,10 +66,27 @@ class StorageTracker(TorchDispatchMode):
             weakref.finalize(storage, self._free, key)
         return self._serials[key]
 
+    def begin(self, phase: str) -> None:
+        """A new phase; no module of the last one runs on."""
+        self.phase = phase
+        self._modules.clear()
+
     def mark(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], kind: str) -> None:
         """Say what these tensors' storages are."""
         for tensor in tensors:
             self.ledger.kinds[self.see(tensor)] = kind
+
+    def follow(self, model: nn.Module) -> None:
+        """Note which module runs, from now on, for as long as the model lives."""
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(lambda *_, path=path: self._modules.append(path))
+                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def _leave(self) -> None:
+        # Recomputation stops a block early, by an exception that hooks of its inner modules may not see.
+        if self._modules:
+            self._modules.pop()
 
     def _free(self, key: int) -> None:
         self._note(key, -self._sizes.pop(key))
@@ -77,11 +95,15 @@ class StorageTracker(TorchDispatchMode):
     def _note_scratch(self, size_bytes: int) -> None:
         """Memory that came and went inside an operator, beside its results."""
         for size in (size_bytes, -size_bytes):
-            self.ledger.events.append(Event(storage=self._count, size_bytes=size, phase=self.phase))
+            self._append(self._count, size)
         self._count += 1
 
     def _note(self, key: int, size_bytes: int) -> None:
-        self.ledger.events.append(Event(storage=self._serials[key], size_bytes=size_bytes, phase=self.phase))
+        self._append(self._serials[key], size_bytes)
+
+    def _append(self, serial: int, size_bytes: int) -> None:
+        module = self._modules[-1] if self._modules else ""
+        self.ledger.events.append(Event(storage=serial, size_bytes=size_bytes, phase=self.phase, module=module))
 
 
 def trace_steps(
@@ -102,10 +124,11 @@ def trace_steps(
     with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
         _materialise(model)
         tracker.mark([*model.parameters(), *model.buffers()], "weights")
+        tracker.follow(model)
         step = make_step(model)
         for number in range(steps):
             run_traced_step(tracker, step, batches, trained_tokens, number=number)
-        tracker.phase = "end"
+        tracker.begin("end")
     return tracker.ledger
 
 
@@ -113,11 +136,11 @@ def run_traced_step(
     tracker: StorageTracker, step: TrainStep, batches: Sequence[Batch], trained_tokens: int, *, number: int, device: str = "cpu"
 ) -> None:
     """One step under the tracker, its phases and kinds named."""
-    tracker.phase = f"step {number + 1}: forward and backward"
+    tracker.begin(f"step {number + 1}: forward and backward")
     on_device = [TensorBatch.of(batch, device) for batch in batches]
     step.backward(on_device, trained_tokens)
     tracker.mark([p.grad for p in step.parameters.values() if p.grad is not None], "gradients")
-    tracker.phase = f"step {number + 1}: update"
+    tracker.begin(f"step {number + 1}: update")
     step.update(1e-4)
     states = [value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     tracker.mark(states, "optimizer")

@@ -56,6 +56,13 @@ def peak_moment(forecast: MemoryForecast) -> str:
     return f"peak in {name}" if name else ""
 
 
+def owners(forecast: MemoryForecast) -> str:
+    """Who holds most at the peak, the weights aside, as part of a sentence."""
+    makers = {} if forecast.peak is None else {name: size for name, size in forecast.peak.by_module.items() if name != "weights"}
+    largest = sorted(makers, key=lambda name: -makers[name])[:3]
+    return ", ".join(f"{visible(name)} {format_bytes(makers[name])}" for name in largest)
+
+
 def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of what the plan is about; the memory forecast has its own place."""
     data, job = plan.data, plan.job

@@ -184,4 +184,7 @@ def _available_words(plan: Plan) -> str:
         return forecast.reason
     share = facts.percent(forecast.process_bytes, forecast.available_bytes)
     moment = facts.peak_moment(forecast)
-    return f"{forecast.reason} ({share})" + (f", {moment}" if moment else "")
+    makers = facts.owners(forecast)
+    return (
+        f"{forecast.reason} ({share})" + (f", {moment}" if moment else "") + (f"; most of it made by {makers}" if makers else "")
+    )

@@ -116,14 +116,17 @@ def _memory(forecast: MemoryForecast, width: int, *, colours: bool) -> Renderabl
     share = facts.percent(needed, forecast.available_bytes)
     moment = facts.peak_moment(forecast)
     verdict.append(f" ({share})" + (f", {moment}" if moment else ""))
-    lines = [verdict]
+    lines: list[RenderableType] = [verdict]
     if needed < _SMALL_SHARE * forecast.available_bytes:
         used = facts.Part(key=forecast.verdict, name="used", size_bytes=needed)
         lines += [_bar([used], forecast.available_bytes, width, colours=colours), Text("of which", style="dim")]
         lines += [_bar(parts, needed, width, colours=colours)]
     else:
         lines += [_bar(parts, max(needed, forecast.available_bytes), width, colours=colours)]
-    return Group(*lines, _legend(parts, colours=colours))
+    lines.append(_legend(parts, colours=colours))
+    if makers := facts.owners(forecast):
+        lines.append(Text(f"made by {makers}", style="dim"))
+    return Group(*lines)
 
 
 def _bar(parts: Sequence[facts.Part], whole_bytes: int, width: int, *, colours: bool) -> Text:
