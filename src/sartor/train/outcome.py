@@ -34,7 +34,7 @@ def memory_outcome(plan: Plan) -> MemoryOutcome:
     if plan.machine.device.kind == "cpu":
         expected, measured, name = forecast.process_bytes, peak_resident_bytes(), "peak resident memory of the process"
     else:
-        expected = forecast.peak.total_bytes if forecast.peak else None
+        expected = forecast.allocated_bytes
         measured, name = torch.accelerator.max_memory_allocated(plan.machine.device.index), "peak allocated device memory"
     error = None if expected is None else (expected / measured - 1) * 100
     return MemoryOutcome(forecast_bytes=expected, measured_bytes=measured, measured_name=name, error_percent=error)
