@@ -29,8 +29,8 @@ __all__ = ["COMPANIONS", "Heap", "HeapConfig", "Malloc", "forecast_heap", "repea
 COMPANIONS = (16, 24, 176, 96)
 """What PyTorch 2.13 requests beside a storage: counted by a preloaded malloc over a training step, every tensor that outlived the
 step had one request each of 24, 96 (`StorageImpl`) and 176 bytes (`TensorImpl`); of those that outlived ten others inside it,
-the most frequent were 16 bytes (autograd). One of each is a choice: of some twenty such mixtures tried on five profiled runs (none
-is in benchmarks/memory_cpu.py) it came closest; the counted rates themselves came out lower than those runs."""
+the most frequent were 16 bytes (autograd). One of each is a choice: of some twenty such mixtures tried on five profiled runs
+(none is in benchmarks/memory_cpu.py) it came closest; the counted rates themselves came out lower than those runs."""
 
 _STEPS = 3
 _REPLAYS = len(COMPANIONS)

@@ -1,7 +1,8 @@
 """glibc's malloc (ptmalloc2, main arena) as PyTorch's CPU allocator calls it: `posix_memalign(64)` and `free`.
 
-Followed from malloc/malloc.c, 64 bit, and checked against glibc 2.36 only; functions are named after what they follow. Left out: other arenas (tensors are made in one thread). Chunks are what lies between two headers: a tensor's bytes, 16
-bytes in front, rounded up to 16.
+Followed from malloc/malloc.c, 64 bit, and checked against glibc 2.36 only; functions are named after what they follow. Left
+out: other arenas (tensors are made in one thread). Chunks are what lies between two headers: a tensor's bytes, 16 bytes in
+front, rounded up to 16.
 """
 
 from __future__ import annotations
