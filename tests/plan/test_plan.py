@@ -23,7 +23,8 @@ def test_a_plan_resolves_what_the_job_leaves_open(job_tree: dict[str, Any]) -> N
     assert plan.total_steps == 6
     assert plan.forecast.verdict == "fits"
     assert plan.forecast.peak is not None
-    assert plan.forecast.process_bytes == plan.forecast.baseline_bytes + plan.forecast.peak.total_bytes
+    assert plan.forecast.process_bytes is not None
+    assert plan.forecast.process_bytes > plan.forecast.baseline_bytes
     assert plan.anatomy.parameters == plan.trained_parameters
 
 

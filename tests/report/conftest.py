@@ -55,6 +55,7 @@ def make_forecast(verdict: Any = "fits", *, available: int = 12 * GIB) -> Memory
             process_bytes=None,
             baseline_bytes=GIB,
             available_bytes=available,
+            tight_share=0.8,
             trace_seconds=0.1,
         )
     return MemoryForecast(
@@ -67,6 +68,7 @@ def make_forecast(verdict: Any = "fits", *, available: int = 12 * GIB) -> Memory
         process_bytes=9 * GIB,
         baseline_bytes=GIB,
         available_bytes=available,
+        tight_share=0.8,
         trace_seconds=0.8,
     )
 

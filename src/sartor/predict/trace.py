@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -118,7 +119,7 @@ def trace_steps(
 
     `make_step` builds the same `TrainStep` that the run will use.
     """
-    packed = any(batch.position_ids_RT is not None for batch in batches)
+    packed = any(_has_borders(batch) for batch in batches)
     tracker = StorageTracker(packed=packed, target=target)
     trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
     with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
@@ -196,6 +197,11 @@ def _grouped_mm(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     first, second, *rest = args
     result: torch.Tensor = func(first.to(torch.bfloat16), second.to(torch.bfloat16), *rest, **kwargs)
     return result.to(first.dtype)
+
+
+def _has_borders(batch: Batch) -> bool:
+    """Whether some row holds several segments: positions that do not simply go on (padding is a segment too)."""
+    return batch.position_ids_RT is not None and bool((np.diff(batch.position_ids_RT, axis=1) != 1).any())
 
 
 def _is_fake(value: Any) -> bool:

@@ -42,7 +42,9 @@ def memory_parts(forecast: MemoryForecast) -> tuple[Part, ...]:
     if forecast.peak is None:
         return ()
     on_cpu = forecast.reserved_bytes is None
-    parts = [Part(key=BASELINE, name="process itself" if on_cpu else "driver", size_bytes=forecast.baseline_bytes)]
+    # Tensors may fit into what the heap held free already: then the process itself is that much smaller.
+    baseline = forecast.baseline_bytes + min(forecast.allocator_bytes, 0)
+    parts = [Part(key=BASELINE, name="process itself" if on_cpu else "driver", size_bytes=baseline)]
     names = [*KINDS, *(kind for kind in forecast.peak.by_kind if kind not in KINDS)]
     parts += [Part(key=kind, name=kind, size_bytes=forecast.peak.by_kind.get(kind, 0)) for kind in names]
     parts.append(Part(key=ALLOCATOR, name="allocator", size_bytes=forecast.allocator_bytes))
