@@ -126,7 +126,7 @@ def score(row: dict[str, str], folder: Path) -> dict[str, Any]:
     assert row["metric"] == "max_memory_allocated", row["metric"]
     assert row["unit"] == "MiB", row["unit"]
     if forecast.allocated_bytes is None:
-        return {"row": row, "measured_mib": measured, "forecast_mib": None, "reason": forecast.reason}
+        return {"row": row, "measured_mib": measured, "forecast_mib": None, "reason": forecast.reason.replace(str(folder), "…")}
     mib = forecast.allocated_bytes / 2**20
     return {"row": row, "measured_mib": measured, "forecast_mib": mib, "error_percent": (mib / measured - 1) * 100}
 
