@@ -71,14 +71,19 @@ def test_the_training_loop_reads_in_one_sitting() -> None:
     assert (SOURCE / "train/loop.py").read_text(encoding="utf-8").count("\n") < 300
 
 
+def output_of(script: str) -> str:
+    """What a fresh interpreter prints; fails with its error."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_help_loads_nothing_heavy() -> None:
     script = (
         "import sys\nfrom sartor.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'yaml', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
+    assert "train" in output_of(script)
 
 
 def test_planning_imports_no_training_code() -> None:
@@ -86,8 +91,7 @@ def test_planning_imports_no_training_code() -> None:
         "import sys, sartor.plan, sartor.report\n"
         "loaded = {name for name in sys.modules if name.startswith(('sartor.train', 'sartor.serve'))}\nassert not loaded, loaded"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(script)
 
 
 def test_functions_of_the_public_face_are_not_hidden_by_rooms() -> None:

@@ -200,22 +200,3 @@ def test_state_of_this_process() -> None:
     assert all(size >= 32 and size % 16 == 0 for size in config.free_chunks)
     if platform.libc_ver()[0] == "glibc":
         assert config.free_chunks
-
-
-def test_fixed_thresholds_keep_storages_out_of_the_heap() -> None:
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("needs glibc")
-    program = """
-import ctypes
-from sartor.predict.heap_state import fix_thresholds
-assert fix_thresholds()
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.free.argtypes = [ctypes.c_void_p]
-libc.free(libc.malloc(ctypes.c_size_t(8 << 20)))
-held = [libc.malloc(ctypes.c_size_t(4 << 20)) for _ in range(4)]
-heap = next(line.split()[0] for line in open("/proc/self/maps") if "[heap]" in line)
-low, high = (int(end, 16) for end in heap.split("-"))
-assert not any(low <= address < high for address in held)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)

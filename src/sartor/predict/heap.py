@@ -8,7 +8,7 @@ it holds already.
 Given every request, the replay is exact. A ledger knows storages only; the small objects that C++ keeps beside them (tensor and
 storage headers, autograd's nodes) are pinned between them and hold the heap apart: `COMPANIONS` stands for them. Where each one
 falls is chance, also in reality: the same job twice differs by 1 to 4 % (with LoRA: by more), so `forecast_heap` averages a few
-replays. It is too low for LoRA, whose many small nodes it does not know. `heap_state.fix_thresholds` avoids all this.
+replays. It is too low for LoRA, whose many small nodes it does not know. Fixed thresholds would avoid all this (dev/LOG.md).
 
 Assumed: glibc (not a preloaded jemalloc, and no THP_MEM_ALLOC_ENABLE); storages are written fully; all are made in one thread,
 as forward, CPU backward and optimizer are. Not seen: buffers that a kernel makes inside itself.

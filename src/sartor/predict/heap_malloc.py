@@ -331,12 +331,7 @@ class Malloc:
         left = chunk.left
         if left is not None and left.free:
             self._unlink(left)
-            left.size += chunk.size
-            left.right = chunk.right
-            if chunk.right is None:
-                self._last = left
-            else:
-                chunk.right.left = left
+            self._absorb(left, chunk)
             chunk = left
         right = chunk.right
         if right is None:
@@ -347,15 +342,19 @@ class Malloc:
             return self._end - self._top
         if right.free:
             self._unlink(right)
-            chunk.size += right.size
-            chunk.right = right.right
-            if right.right is None:
-                self._last = chunk
-            else:
-                right.right.left = chunk
+            self._absorb(chunk, right)
         chunk.free = True
         self._unsorted[chunk] = None
         return chunk.size
+
+    def _absorb(self, chunk: Chunk, right: Chunk) -> None:
+        """Make `chunk` reach to the end of its right neighbour."""
+        chunk.size += right.size
+        chunk.right = right.right
+        if right.right is None:
+            self._last = chunk
+        else:
+            right.right.left = chunk
 
     def _unlink(self, chunk: Chunk) -> None:
         if chunk in self._unsorted:

@@ -10,9 +10,6 @@ from sartor.predict.heap_malloc import MIN_CHUNK, HeapConfig
 
 _BIN = re.compile(r'<(?:size|unsorted) from="(\d+)" to="(\d+)" total="(\d+)" count="(\d+)"/>')
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of `mallopt` (malloc.h)."""
-
 
 def process_heap(config: HeapConfig | None = None) -> HeapConfig:
     """`config` (default: glibc's) with the free chunks of this process's main arena and settled thresholds.
@@ -24,18 +21,6 @@ def process_heap(config: HeapConfig | None = None) -> HeapConfig:
     most = config.mmap_threshold_max_bytes
     settled = dataclasses.replace(config, mmap_threshold_bytes=most, trim_threshold_bytes=2 * most)
     return dataclasses.replace(settled, free_chunks=tuple(_chunks(_malloc_info())))
-
-
-def fix_thresholds(size_bytes: int = 512 * 1024) -> bool:
-    """Give requests from `size_bytes` on pages of their own for the rest of this process; False where the C library cannot.
-
-    Then the heap stays small, whatever was freed before, and resident memory follows the live tensors. The replay of such a
-    process: `HeapConfig(mmap_threshold_bytes=size_bytes, trim_threshold_bytes=2 * size_bytes, dynamic=False)`.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return False
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, size_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, 2 * size_bytes))
 
 
 def _chunks(info: str) -> list[int]:
