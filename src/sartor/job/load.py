@@ -14,7 +14,7 @@ import yaml
 
 from sartor.errors import JobError
 from sartor.job.hints import suggest
-from sartor.job.schema import Bytes, Job
+from sartor.job.schema import Bytes, Job, QuantiseJob
 from sartor.job.units import parse_bytes
 
 _LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -67,6 +67,7 @@ def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mappin
         job = dataclasses.replace(job, method="peft")
     if job.method == "peft" and job.peft is None:
         raise JobError(f"{source}: method peft needs a `peft` section", remedy="e.g. `peft: {peft_type: IA3}`")
+    job = _with_quantisation(job, source)
     if bool(job.data.path) == (job.data.synthetic is not None):
         what = "both `data.path` and `data.synthetic` are given" if job.data.path else "`data.path` is missing"
         raise JobError(
@@ -75,10 +76,27 @@ def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mappin
     return job
 
 
+def _with_quantisation(job: Job, source: str) -> Job:
+    """`quantise` filled in where the method says it. Raises JobError where the two do not go together."""
+    if job.quantise is None:
+        return dataclasses.replace(job, quantise=QuantiseJob()) if job.method == "qlora" else job
+    if job.method == "full":
+        raise JobError(
+            f"{source}: `quantise` is given, but method full trains the weights themselves",
+            why="4- and 8-bit weights have no gradient",
+            remedy="method=qlora, or another method with an adapter; or leave `quantise` out",
+        )
+    if job.method == "qlora" and job.quantise.mode != "nf4":
+        raise JobError(
+            f"{source}: method qlora is LoRA beside nf4 weights, `quantise.mode` is {job.quantise.mode}", remedy="method=lora"
+        )
+    return job
+
+
 def to_mapping(job: Job) -> dict[str, Any]:
     """The job as plain nested mappings: what `job.yaml` of a run holds. `from_mapping` reads it back equal."""
     tree = dataclasses.asdict(job)
-    return tree if job.peft is not None else {key: value for key, value in tree.items() if key != "peft"}
+    return {key: value for key, value in tree.items() if value is not None or key not in ("peft", "quantise")}
 
 
 def to_yaml(job: Job) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NewType
 Bytes = NewType("Bytes", int)
 """An int that the loader reads from `6GiB`."""
 
-Method = Literal["full", "lora", "prefix", "prompt", "peft"]
+Method = Literal["full", "lora", "qlora", "prefix", "prompt", "peft"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"]
 
@@ -91,12 +91,30 @@ class EvaluationJob:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraJob:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), by PEFT."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), by PEFT; of methods lora and qlora."""
 
     rank: int = option(16, "rank of the update", at_least=1)
     alpha: float = option(32.0, "scale; the update is multiplied by alpha / rank", above=0)
     dropout: float = option(0.0, "dropout on the adapter's input", at_least=0.0, below=1.0)
     targets: str | list[str] = option("all-linear", "module names, a regular expression, or `all-linear`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseJob:
+    """Frozen weights in 4 or 8 bits, by bitsandbytes. `quantise: MODE` is short for `quantise: {mode: MODE}`.
+
+    For LoRA, prefix and prompt; method qlora (Dettmers et al. 2023, arXiv 2305.14314) is lora with `quantise: nf4`. All linear
+    layers but the head (and what is tied to it) are quantised, as transformers does it. A plan needs nothing more; training
+    needs `pip install 'sartor[quant]'`.
+    """
+
+    SHORTHAND: ClassVar[str] = "mode"
+    mode: Literal["nf4", "int8"] = option("nf4", "nf4 (4 bits, QLoRA), int8 (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)")
+    double: bool = option(True, "nf4: quantise the scales of the blocks as well")
+    compute: Dtype = option("bfloat16", "nf4: the format in which quantised layers compute. float16 is for planning only")
+    upcast: bool = option(
+        False, "what is not quantised (embeddings, norms, head) in float32, as PEFT's `prepare_model_for_kbit_training` does"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +142,7 @@ class TrainingJob:
     max_steps: int | None = option(None, "stop after so many optimizer steps, whatever `epochs` says", at_least=1)
     global_batch: int = option(16, "examples per optimizer step; micro-batches and packing do not change it", at_least=1)
     learning_rate: float | None = option(
-        None, "peak rate; default by method: full 5e-5, lora 2e-4, prefix and prompt 1e-2", above=0
+        None, "peak rate; default by method: full 5e-5, lora and qlora 2e-4, prefix and prompt 1e-2", above=0
     )
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "shape of the rate after warm-up")
     warmup: float = option(0.03, "warm-up: a share of all steps below 1, a number of steps from 1 on", at_least=0)
@@ -191,9 +209,12 @@ class Job:
     model: ModelJob = required("which model")
     data: DataJob = required("which data")
     method: Method = option(
-        "lora", "which parameters train: full, lora, prefix (P-tuning v2), prompt, or any `peft` configuration"
+        "lora",
+        "which parameters train: full, lora, qlora (lora beside 4-bit weights), prefix (P-tuning v2), prompt, or any `peft` "
+        "configuration",
     )
-    lora: LoraJob = option(LoraJob, "options of method lora")
+    lora: LoraJob = option(LoraJob, "options of methods lora and qlora")
+    quantise: QuantiseJob | None = option(None, "frozen weights in 4 or 8 bits; method qlora sets it")
     prefix: PrefixJob = option(PrefixJob, "options of method prefix")
     prompt: PromptJob = option(PromptJob, "options of method prompt")
     peft: dict[str, Any] | str | None = option(None, "any PEFT configuration, or the path of an adapter_config.json")

@@ -20,7 +20,7 @@ def peft_config(job: Job, *, meta: bool = False) -> Any:
     """The PEFT configuration of the job's method. On `meta` nothing may read weights or text. Raises JobError."""
     import peft
 
-    if job.method == "lora":
+    if job.method in ("lora", "qlora"):
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=job.lora.rank,
@@ -72,6 +72,20 @@ def _any_config(given: dict[str, Any] | str | None) -> Any:
         raise JobError(
             f"PEFT does not take this {kind} configuration", why=str(error), remedy="see PEFT's documentation of it"
         ) from None
+
+
+def check_quantised(config: Any) -> None:
+    """Raises JobError for a configuration whose layers beside quantised weights are not known here."""
+    if config.is_prompt_learning:
+        return
+    kind = str(config.peft_type.value)
+    if kind != "LORA":
+        why, what = "its layers beside quantised weights are not forecast", f"PEFT's {kind}"
+    elif config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
+        why, what = "they read the full-size weights", "DoRA and initialisation from the weights"
+    else:
+        return
+    raise JobError(f"`quantise` does not go with {what} yet", why=why, remedy="method=qlora, or without `quantise`")
 
 
 def wrap(model: nn.Module, config: Any) -> nn.Module:

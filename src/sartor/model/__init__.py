@@ -2,6 +2,19 @@
 
 from sartor.model.blocks import Anatomy, Stack, dissect
 from sartor.model.build import build, check_trainable, skeleton
+from sartor.model.quantise import quantise_skeleton, weight_bytes
 from sartor.model.source import ModelSource, load_tokenizer, resolve
 
-__all__ = ["Anatomy", "ModelSource", "Stack", "build", "check_trainable", "dissect", "load_tokenizer", "resolve", "skeleton"]
+__all__ = [
+    "Anatomy",
+    "ModelSource",
+    "Stack",
+    "build",
+    "check_trainable",
+    "dissect",
+    "load_tokenizer",
+    "quantise_skeleton",
+    "resolve",
+    "skeleton",
+    "weight_bytes",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from sartor.errors import ModelError
+from sartor.job.schema import QuantiseJob
+from sartor.model.quantise import check_loadable, keep_trainable, loading_options
 from sartor.model.source import ModelSource, explain
 
 
@@ -57,8 +60,21 @@ def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None =
         return _from_config(source, dtype, attention)
 
 
-def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: str | None = None, seed: int = 0) -> nn.Module:
-    """The model in memory on `device`: its weights, or random ones (seeded) where it has none. Raises ModelError."""
+def build(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str | None = None,
+    seed: int = 0,
+    quantise: QuantiseJob | None = None,
+) -> nn.Module:
+    """The model in memory on `device`: its weights, quantised if so wished, or random ones (seeded) where it has none.
+
+    Raises ModelError, and JobError where it cannot be quantised.
+    """
+    if quantise is not None:
+        check_loadable(source, quantise)
     if not source.has_weights:
         torch.manual_seed(seed)
         return _from_config(source, dtype, attention).to(device)
@@ -73,6 +89,7 @@ def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: st
                 use_safetensors=True,
                 attn_implementation=attention,
                 output_loading_info=True,
+                **({} if quantise is None else loading_options(quantise, device)),
             )
     except Exception as error:
         raise explain(source.path, error) from error
@@ -82,6 +99,9 @@ def build(source: ModelSource, *, dtype: torch.dtype, device: str, attention: st
             why=f"the first is {missing[0]}; they would have been random",
             remedy="get the complete files, or start over from random weights: model.random_weights=true",
         )
+    if quantise is not None:
+        keep_trainable(model)
+        return model  # type: ignore[no-any-return]
     return model.to(device)  # type: ignore[no-any-return]
 
 
@@ -89,7 +109,10 @@ def _from_config(source: ModelSource, dtype: torch.dtype, attention: str | None)
     try:
         with quiet():
             return auto_class(source.config).from_config(  # type: ignore[no-any-return]
-                source.config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
+                copy.deepcopy(source.config),
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=source.trust_remote_code,
             )
     except ModelError:
         raise

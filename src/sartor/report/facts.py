@@ -114,9 +114,16 @@ def lengths_words(plan: Plan) -> str:
 
 def method_words(job: Job) -> str:
     """The method with the options that matter."""
-    if job.method == "lora":
+    if job.quantise is not None:
+        double = ", double" if job.quantise.mode == "nf4" and job.quantise.double else ""
+        return f"{_method_alone(job)}, frozen weights in {job.quantise.mode}{double}"
+    return _method_alone(job)
+
+
+def _method_alone(job: Job) -> str:
+    if job.method in ("lora", "qlora"):
         targets = job.lora.targets if isinstance(job.lora.targets, str) else ", ".join(job.lora.targets)
-        return f"lora (rank {job.lora.rank}, alpha {job.lora.alpha:g}, on {targets})"
+        return f"{job.method} (rank {job.lora.rank}, alpha {job.lora.alpha:g}, on {targets})"
     if job.method == "prefix":
         return f"prefix, P-tuning v2 (length {job.prefix.length})"
     if job.method == "prompt":

@@ -16,8 +16,8 @@ from torch import nn
 from sartor.data.prompts import encode_prompt
 from sartor.data.template import end_marker
 from sartor.errors import ModelError, UsageError
-from sartor.job import from_mapping
-from sartor.job.schema import MachineJob, ModelJob
+from sartor.job import Job, from_mapping
+from sartor.job.schema import MachineJob, ModelJob, QuantiseJob
 from sartor.machine import probe
 from sartor.model import build, check_trainable, load_tokenizer, resolve
 from sartor.model.build import quiet
@@ -54,9 +54,11 @@ class Session:
             tokenizer = load_tokenizer(job)
             return cls(model=_plain_model(job, target), tokenizer=tokenizer, chat=bool(tokenizer.chat_template))
         files = _model_files(folder)
-        job = from_mapping(yaml.safe_load(job_file.read_text(encoding="utf-8")), source=str(job_file)).model
-        adapter = (files / "adapter_config.json").is_file()
-        model = _adapted(job, files, target) if adapter else _plain_model(dataclasses.replace(job, path=str(files)), target)
+        trained = from_mapping(yaml.safe_load(job_file.read_text(encoding="utf-8")), source=str(job_file))
+        if (files / "adapter_config.json").is_file():
+            model = _adapted(trained, files, target)
+        else:
+            model = _plain_model(dataclasses.replace(trained.model, path=str(files)), target)
         tokenizer = load_tokenizer(ModelJob(path=str(files)))
         return cls(model=model, tokenizer=tokenizer, chat=_trained_on_chats(job_file.parent, tokenizer))
 
@@ -157,17 +159,17 @@ def _model_files(folder: Path) -> Path:
     raise ModelError(f"{folder} holds no trained model yet", remedy="train it: `sartor train`, or wait for the first checkpoint")
 
 
-def _plain_model(job: ModelJob, device: str) -> nn.Module:
+def _plain_model(job: ModelJob, device: str, quantise: QuantiseJob | None = None) -> nn.Module:
     source = resolve(job)
     check_trainable(source)
     dtype = source.config.dtype or torch.float32
-    return build(source, dtype=dtype, device=device).eval()
+    return build(source, dtype=dtype, device=device, quantise=quantise).eval()
 
 
-def _adapted(job: ModelJob, files: Path, device: str) -> nn.Module:
+def _adapted(job: Job, files: Path, device: str) -> nn.Module:
     import peft
 
-    model = _plain_model(job, device)
+    model = _plain_model(job.model, device, job.quantise)
     try:
         with quiet():
             return peft.PeftModel.from_pretrained(model, str(files)).eval()  # type: ignore[no-any-return]

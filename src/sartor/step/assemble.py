@@ -12,10 +12,20 @@ from sartor.step.step import TrainStep, enable_recompute
 
 
 def make_trainable(
-    model: nn.Module, job: Job, precision: Precision, *, recompute: bool, seed: int | None = None, meta: bool = False
+    model: nn.Module,
+    job: Job,
+    precision: Precision,
+    *,
+    recompute: bool,
+    seed: int | None = None,
+    meta: bool = False,
+    kind: str = "cpu",
 ) -> nn.Module:
-    """`model` as the job trains it: method applied, trained parameters in their format, recomputation switched on."""
-    model = apply(model, job, seed=seed, meta=meta).train()
+    """`model` as the job trains it: method applied, trained parameters in their format, recomputation switched on.
+
+    `kind`: of the device that a skeleton on `meta` stands for.
+    """
+    model = apply(model, job, seed=seed, meta=meta, kind=kind).train()
     precision.cast_trained(trained_parameters(model))
     if recompute:
         enable_recompute(model)

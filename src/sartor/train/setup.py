@@ -20,6 +20,7 @@ from sartor.data.pack import Batch, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.model import build, load_tokenizer, resolve
+from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.step import TrainStep, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
@@ -63,7 +64,9 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     if checkpoint is not None and not plan.traits.adapter:
         source = dataclasses.replace(source, path=str(checkpoint), has_weights=True, revision=None)
     seed, precision = job.training.seed, strategy.precision
-    model = build(source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed)
+    model = build(
+        source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed, quantise=job.quantise
+    )
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     return Workbench(
@@ -143,11 +146,15 @@ def check_runnable(plan: Plan) -> None:
             f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
             remedy="`sartor plan` it here; train it there, or with machine=auto",
         )
-    if plan.strategy.precision.needs_loss_scaling:
+    quantise = plan.job.quantise
+    if quantise is not None:
+        check_loadable(resolve(plan.job.model), quantise)
+    halves = quantise is not None and quantise.mode == "nf4" and quantise.compute == "float16"
+    if halves or plan.strategy.precision.needs_loss_scaling:
         raise UsageError(
             "float16 arithmetic is for planning only",
             why="its gradients underflow without loss scaling, which this version does not do",
-            remedy="precision=bf16-mixed, or float32",
+            remedy="quantise.compute=bfloat16" if halves else "precision=bf16-mixed, or float32",
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
