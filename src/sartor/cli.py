@@ -40,18 +40,22 @@ def plan(
     job: JobFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file as well.")] = None,
 ) -> None:
     """Say what a job will need and how it would run; trains nothing."""
     import json
 
     from sartor import api
-    from sartor.report import show_plan
+    from sartor.report import show_plan, write_plan
 
     made = api.plan(job, overrides or ())
     if as_json:
         typer.echo(json.dumps(made.to_mapping(), indent=1, ensure_ascii=False))
     else:
         show_plan(made, _console())
+    if html is not None:
+        write_plan(made, html)
+        typer.echo(f"written: {html}", err=as_json)
 
 
 @app.command()

@@ -6,6 +6,10 @@ traceback and exits with `exit_code` (1: the run failed; 2: wrong usage, or a jo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class SartorError(Exception):
     """Something went wrong while running. `what` happened, `why` where it is known, and the `remedy`."""
@@ -57,3 +61,12 @@ class Interrupted(SartorError):
     def __init__(self, what: str, *, signal_number: int, remedy: str = "") -> None:
         super().__init__(what, remedy=remedy)
         self.exit_code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing a file that the user asked for into a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", why=error.strerror or str(error), remedy="another file or folder") from error

@@ -294,3 +294,15 @@ def test_disk_full_on_a_real_file_system(sartor: Sartor, job_tree: dict[str, Any
         assert sartor("train", "--resume")[0] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("command", ["plan", "data"])
+@pytest.mark.parametrize("name", ["file/page.html", "folder", "x" * 300])
+def test_a_page_that_cannot_be_written(sartor: Sartor, tmp_path: Path, command: str, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    code, message = sartor(command, "--html", str(tmp_path / name))
+    assert code == 2
+    assert f"cannot write {tmp_path / name}" in message
+    assert "why:" in message
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -41,6 +41,16 @@ def test_plan_in_words_and_as_json(capsys: pytest.CaptureFixture[str], job_file:
     assert tree["forecast"]["verdict"] == "fits"
 
 
+def test_plan_as_a_page(capsys: pytest.CaptureFixture[str], job_file: str, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "plan.html"
+    assert f"written: {page}" in "".join(run(capsys, "plan", job_file, "--html", str(page)).split("\n"))
+    html = page.read_text(encoding="utf-8")
+    assert "Memory over a step" in html
+    assert "<svg" in html
+    assert list(page.parent.iterdir()) == [page]
+    json.loads(run(capsys, "plan", job_file, "--json", "--html", str(page)))  # what is printed stays JSON
+
+
 def test_data_in_the_terminal_and_as_a_page(capsys: pytest.CaptureFixture[str], job_file: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     out = run(capsys, "data", job_file, "--html", str(page))

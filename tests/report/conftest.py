@@ -17,7 +17,8 @@ from sartor.machine import Device, HostMemory, Machine
 from sartor.methods import MethodTraits
 from sartor.model import Anatomy
 from sartor.plan import Plan, Rejected, Strategy
-from sartor.predict import MemoryForecast, Peak
+from sartor.predict import KINDS, MemoryForecast, Peak
+from sartor.predict.timeline import Section, Timeline
 from sartor.step import Precision
 from sartor.train import Answer, MemoryOutcome, Run
 
@@ -39,6 +40,31 @@ def make_machine(*, accelerators: int = 0) -> Machine:
         cores=8,
         threads=8,
         instruction_sets=("avx2", "avx512f"),
+    )
+
+
+def make_timeline(peak_bytes: int = 8 * GIB) -> Timeline:
+    """Weights that stay, activations that come and go; the peak in three quarters of the step."""
+    weights, rest = 3 * peak_bytes // 8, peak_bytes // 8
+    peak = (weights, rest, 2 * rest, peak_bytes - weights - 3 * rest)
+    return Timeline(
+        kinds=KINDS,
+        moments=(0.0, 0.4, 0.75, 0.9, 1.0),
+        live_bytes=(
+            (weights, 0, 2 * rest, 0),
+            (weights, 0, 2 * rest, rest),
+            peak,
+            (weights, rest, 2 * rest, 0),
+            (weights, 0, 0, 0),
+        ),
+        sections=(
+            Section(name="forward", first=0.0, end=0.4),
+            Section(name="loss and backward", first=0.4, end=0.95),
+            Section(name="update", first=0.95, end=1.0),
+        ),
+        peak=2,
+        peak_module="model.layers.*.mlp",
+        off_by_bytes=0,
     )
 
 
@@ -70,6 +96,7 @@ def make_forecast(verdict: Any = "fits", *, available: int = 12 * GIB) -> Memory
         available_bytes=available,
         tight_share=0.8,
         trace_seconds=0.8,
+        timeline=make_timeline(),
     )
 
 
@@ -180,7 +207,14 @@ def make_metrics(steps: int = 161, *, every: int = 40) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """The makers above, each taking changes."""
-    return SimpleNamespace(plan=make_plan, run=make_run, metrics=make_metrics, forecast=make_forecast, machine=make_machine)
+    return SimpleNamespace(
+        plan=make_plan,
+        run=make_run,
+        metrics=make_metrics,
+        forecast=make_forecast,
+        machine=make_machine,
+        timeline=make_timeline,
+    )
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sartor.report.curves import finite, smooth, thin
-from sartor.report.svg import Series, line_chart, nice_ticks, tick_label
+from sartor.report.svg import Series, area_chart, line_chart, nice_ticks, tick_label
 
 numbers = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
@@ -57,3 +58,27 @@ def test_steps_are_whole_on_the_axis() -> None:
     assert ">1.2</text>" not in chart
     assert "&lt;t&gt;" in chart
     assert line_chart([], title="", x_label="", y_label="") == ""
+
+
+def test_areas_stand_on_each_other_and_a_narrow_section_stays_nameless() -> None:
+    chart = area_chart(
+        [
+            Series(name="a", css="weights", points=[(0.0, 1.0), (1.0, 1.0)]),
+            Series(name="b", css="activations", points=[(0.0, 0.0), (1.0, 3.0)]),
+        ],
+        title="<t>",
+        y_label="GiB",
+        sections=[("forward", 0.0, 0.99), ("update", 0.99, 1.0)],
+        peak=((1.0, 4.0), "peak 4 <GiB>"),
+    )
+    lower, upper = (
+        [tuple(map(float, pair.split(","))) for pair in points.split()]
+        for points in re.findall(r'<polygon.*?points="([^"]*)"', chart)
+    )
+    assert lower[:2] == upper[3:1:-1], "the upper area begins where the lower ends"
+    (_, floor), (_, top) = lower[-1], upper[1]
+    assert (floor - lower[0][1]) * 4 == pytest.approx(floor - top, abs=0.5)
+    assert ">forward</text>" in chart
+    assert ">update</text>" not in chart
+    assert "peak 4 &lt;GiB&gt;" in chart
+    assert "&lt;t&gt;" in chart

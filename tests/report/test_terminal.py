@@ -74,6 +74,41 @@ def test_no_forecast_gives_its_reason(make: SimpleNamespace) -> None:
     assert "cannot say: this model's step cannot be traced (ValueError: <odd>)" in said
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_memory_over_a_step_is_a_picture_to_scale(make: SimpleNamespace, width: int) -> None:
+    lines = plain(show_plan, make.plan(forecast=make.forecast(available=500 * 2**30)), width=width).splitlines()
+    top = next(number for number, line in enumerate(lines) if "▼ peak 8.00 GiB" in line or "peak 8.00 GiB ▼" in line)
+    chart = [line.partition("│")[2] for line in lines[top + 1 : top + 8]]
+    assert lines[top + 8].strip().startswith("└┴")
+    assert "forward" in lines[top + 9]
+    at = lines[top].index("▼") - lines[top + 1].index("│") - 1
+    assert 0.6 < at / len(chart[0]) < 0.9, "the peak is three quarters of the way"
+    assert "".join(line[at] for line in reversed(chart)) == "WWWGOAA"
+    assert chart[0].strip(" A") == ""
+    assert set(chart[-1]) <= {"W"}, "weights never leave"
+    said = one_line("\n".join(lines))
+    assert "peak in loss and backward, near model.layers.*.mlp; most of it weights" in said
+
+
+def test_the_limit_is_drawn_where_it_is_in_range(make: SimpleNamespace) -> None:
+    near, far = make.plan(forecast=make.forecast()), make.plan(forecast=make.forecast(available=500 * 2**30))
+    assert "11.0 GiB │╌╌" in plain(show_plan, near)
+    assert "there is 11.0 GiB for them" in one_line(plain(show_plan, near))
+    assert "╌" not in plain(show_plan, far)
+    beyond = plain(show_plan, make.plan(forecast=make.forecast("does not fit", available=6 * 2**30)))
+    assert "5.00 GiB │" in beyond
+
+
+def test_the_picture_in_colours_uses_eighths(plan: Plan) -> None:
+    file = io.StringIO()
+    show_plan(plan, Console(file=file, width=80, force_terminal=True, color_system="truecolor"))
+    assert set("▁▂▃▄▅▆▇") & set(file.getvalue())
+
+
+def test_there_is_no_picture_where_there_is_no_room(plan: Plan) -> None:
+    assert "▼" not in plain(show_plan, plan, width=38)
+
+
 @pytest.mark.parametrize("verdict", ["fits", "tight", "does not fit", "cannot say"])
 def test_verdicts_have_colours(verdict: str, make: SimpleNamespace) -> None:
     file = io.StringIO()

@@ -17,6 +17,7 @@ from rich.text import Text
 from sartor.data.mask import common_length
 from sartor.data.summary import DataSets, DataSummary
 from sartor.data.tokens import Sample, TokenSet
+from sartor.errors import writing
 from sartor.job.units import format_count
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -141,7 +142,7 @@ def _histogram(summary: DataSummary) -> Table:
 
 
 def render_html(datasets: DataSets, tokenizer: Any, path: Path, count: int = 20) -> None:
-    """The same as one self-contained HTML file, written whole or not at all."""
+    """The same as one self-contained HTML file, written whole or not at all. Raises UsageError."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -157,10 +158,11 @@ def render_html(datasets: DataSets, tokenizer: Any, path: Path, count: int = 20)
         buckets=[(first, end - 1, n) for first, end, n in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False)],
         most=max(lengths.counts),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(html, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(html, encoding="utf-8", errors="replace")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from sartor.predict.heap import forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.target import Target
+from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
 from sartor.predict.trace import trace_steps
 from sartor.step import Precision, make_step, make_trainable
 
@@ -54,6 +55,8 @@ class MemoryForecast:
     tight_share: float
     """The share of what is available above which the verdict is tight."""
     trace_seconds: float
+    timeline: Timeline | None = None
+    """Memory over a step; a picture for the terminal and the page, not part of `to_mapping`."""
 
     @property
     def interval(self) -> tuple[int, int] | None:
@@ -116,17 +119,20 @@ def forecast_memory(
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     # Measured after tracing: by then the libraries that training needs are loaded.
     baseline = resident_bytes() if machine.device.kind == "cpu" else target.context_bytes
-    held = baseline if machine.device.kind == "cpu" else 0
-    available = min(machine.device.available_bytes + held, machine.device.total_bytes)
+    own = baseline if machine.device.kind == "cpu" else 0
+    available = min(machine.device.available_bytes + own, machine.device.total_bytes)
     share = TIGHT_SHARE.get(target.kind, OTHERWISE_TIGHT)
     known: dict[str, Any] = {"baseline_bytes": baseline, "available_bytes": available, "tight_share": share}
     if ledger is None:
         seconds = time.perf_counter() - start
         return MemoryForecast(**_NOTHING, **known, verdict="cannot say", reason=reason, trace_seconds=seconds)
     peak = ledger.peak()
-    reserved = None
+    reserved, held = None, []
     if target.kind == "cuda":
-        reserved = replay(target.with_workspace(ledger), AllocatorConfig(capacity_bytes=available - baseline))
+        events = target.with_workspace(ledger)
+        config = AllocatorConfig(capacity_bytes=available - baseline)
+        reserved = replay(events, config, timeline_points=3 * MOST_POINTS)
+        held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
         tensors = forecast_heap(ledger, process_heap()).peak_resident_bytes if _has_glibc() else peak.total_bytes
@@ -141,6 +147,7 @@ def forecast_memory(
         reserved_bytes=reserved.reserved.total_bytes if reserved else None,
         process_bytes=baseline + tensors,
         trace_seconds=time.perf_counter() - start,
+        timeline=make_timeline(ledger, held=held),
     )
 
 

@@ -11,12 +11,15 @@ from sartor.job.units import format_bytes, format_count
 from sartor.machine import Machine
 from sartor.plan import Plan, Strategy
 from sartor.predict import KINDS, MemoryForecast
+from sartor.predict.timeline import Timeline
 
 if TYPE_CHECKING:
     from sartor.train.record import MemoryOutcome, Run
 
 BASELINE = "process"
 ALLOCATOR = "allocator"
+LIMIT_SHOWN = 1.6
+"""A limit so many times above the peak is still drawn."""
 
 # Control characters of data and file names must not reach a terminal or a page: ␛ for ESC and so on.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -63,6 +66,25 @@ def owners(forecast: MemoryForecast) -> str:
     makers = {} if forecast.peak is None else {name: size for name, size in forecast.peak.by_module.items() if name != "weights"}
     largest = sorted(makers, key=lambda name: -makers[name])[:3]
     return ", ".join(f"{visible(name)} {format_bytes(makers[name])}" for name in largest)
+
+
+def tensor_room(forecast: MemoryForecast) -> int:
+    """What there is for tensors: the memory less the process itself, or the driver's context."""
+    return max(forecast.available_bytes - forecast.baseline_bytes, 0)
+
+
+def limit_in_range(timeline: Timeline, room_bytes: int) -> int | None:
+    """The limit, where a picture that shows it still shows the rest."""
+    return room_bytes if room_bytes <= LIMIT_SHOWN * timeline.peak_bytes else None
+
+
+def timeline_words(timeline: Timeline, limit: int | None) -> str:
+    """The picture in a sentence: the peak, its owner, and the limit where it is drawn."""
+    words = f"tensors over a step: peak in {timeline.peak_section or 'it'}"
+    if timeline.peak_module:
+        words += f", near {visible(timeline.peak_module)}"
+    words += f"; most of it {timeline.peak_kind}"
+    return words + (f"; there is {format_bytes(limit)} for them" if limit is not None else "")
 
 
 def plan_facts(plan: Plan) -> list[tuple[str, str]]:

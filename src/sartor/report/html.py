@@ -3,72 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from sartor.job.units import format_bytes, format_seconds
 from sartor.plan import Plan
 from sartor.report import facts
 from sartor.report.curves import Point, finite, smooth, thin
+from sartor.report.page import Bar, Headline, Segment, available_words, forecast_bar, legend, render, step_picture, title_of
 from sartor.report.svg import Series, line_chart
 from sartor.train.folder import write_text
 from sartor.train.record import Run
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _LONG_TEXT = 360
 _OPEN_ANSWERS = 8
 _MOST_ANSWERS = 200
 _FEWEST_SMOOTHED = 12
 
 
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """A number at the top of the page. `before` is where it came from, `note` what it means."""
-
-    label: str
-    value: str
-    before: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A part of a bar: its share of the width in percent."""
-
-    css: str
-    name: str
-    size: str
-    share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A named bar of the memory chart."""
-
-    name: str
-    total: str
-    segments: tuple[Segment, ...]
-
-
 def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Write `report.html` at `path`, whole or not at all. `metrics`: the lines of metrics.jsonl. Raises RunError."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = facts.visible
     losses, held_out = _column(metrics, "loss"), _column(metrics, "eval_loss")
-    page = environment.get_template("report.html.jinja").render(
+    parts = facts.memory_parts(plan.forecast)
+    page = render(
+        "report.html.jinja",
         plan=plan,
         run=run,
-        title=_title(plan.job.model.path),
+        title=title_of(plan.job.model.path),
         headlines=_headlines(plan, run),
         loss_chart=_loss_chart(losses, held_out),
         smoothed=len(losses) >= _FEWEST_SMOOTHED,
@@ -76,9 +39,10 @@ def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: 
         has_held_out=bool(held_out),
         speed_chart=_speed_chart(_column(metrics, "tokens_per_second")),
         bars=_memory_bars(plan, run),
-        legend=[(part.key, part.name, format_bytes(part.size_bytes)) for part in facts.memory_parts(plan.forecast)],
+        legend=legend(parts),
+        **step_picture(plan.forecast),
         memory_words=facts.memory_words(run.memory),
-        available=_available_words(plan),
+        available=available_words(plan.forecast),
         facts=facts.plan_facts(plan),
         machine=facts.machine_facts(plan.machine),
         rejected=[(facts.differences(plan.strategy, other.strategy), other.reason) for other in plan.rejected],
@@ -92,12 +56,7 @@ def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: 
         duration=format_seconds(run.seconds),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
-
-
-def _title(model: str) -> str:
-    """A short name of the model: the last part of its path or hub id that says something."""
-    return next((part for part in reversed(Path(model).parts) if part != "config.json"), model)
+    write_text(path, page)
 
 
 def _column(metrics: Sequence[dict[str, Any]], name: str) -> list[Point]:
@@ -163,28 +122,8 @@ def _speed_chart(speeds: list[Point]) -> Markup:
 def _memory_bars(plan: Plan, run: Run) -> list[Bar]:
     """Forecast above measurement, on one scale."""
     measured, parts = run.memory.measured_bytes, facts.memory_parts(plan.forecast)
-    forecast = sum(part.size_bytes for part in parts)
-    scale = max(forecast, measured, 1) / 100
-    bars = []
-    if parts:
-        segments = [
-            Segment(css=part.key, name=part.name, size=format_bytes(part.size_bytes), share=round(part.size_bytes / scale, 2))
-            for part in parts
-        ]
-        bars.append(Bar(name="forecast", total=format_bytes(forecast), segments=tuple(segments)))
-    one = Segment(css="measured", name=run.memory.measured_name, size=format_bytes(measured), share=round(measured / scale, 2))
-    bars.append(Bar(name="measured", total=format_bytes(measured), segments=(one,)))
-    return bars
-
-
-def _available_words(plan: Plan) -> str:
-    """The forecast's verdict in a sentence."""
-    forecast = plan.forecast
-    if forecast.process_bytes is None:
-        return forecast.reason
-    share = facts.percent(forecast.process_bytes, forecast.available_bytes)
-    moment = facts.peak_moment(forecast)
-    makers = facts.owners(forecast)
-    return (
-        f"{forecast.reason} ({share})" + (f", {moment}" if moment else "") + (f"; most of it made by {makers}" if makers else "")
-    )
+    scale = max(sum(part.size_bytes for part in parts), measured, 1)
+    share = round(100 * measured / scale, 2)
+    one = Segment(css="measured", name=run.memory.measured_name, size=format_bytes(measured), share=share)
+    bars = [forecast_bar("forecast", parts, scale)] if parts else []
+    return [*bars, Bar(name="measured", total=format_bytes(measured), segments=(one,))]

@@ -1,4 +1,4 @@
-"""A small line chart as inline SVG: colours and type come from the page's style sheet."""
+"""Small charts as inline SVG, lines and stacked areas: colours and type come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from markupsafe import Markup, escape
 
 from sartor.report.curves import Point
 
-_WIDTH, _LEFT, _RIGHT = 960, 58, 946
+_WIDTH, _LEFT, _RIGHT, _TOP = 960, 58, 946, 24
+_LETTER = 6.5
+"""About how wide a letter is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class _Frame:
         span = self.x_high - self.x_low
         across = (point[0] - self.x_low) / span if span else 0.5
         up = (point[1] - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
-        return _LEFT + across * (_RIGHT - _LEFT), self.height - 42 - up * (self.height - 66)
+        return _LEFT + across * (_RIGHT - _LEFT), self.height - 42 - up * (self.height - 42 - _TOP)
 
 
 def line_chart(
@@ -75,15 +77,67 @@ def line_chart(
     return Markup("\n".join([*svg, "</svg>"]))
 
 
+def area_chart(
+    areas: Sequence[Series],
+    *,
+    title: str,
+    y_label: str,
+    sections: Sequence[tuple[str, float, float]],
+    lines: Sequence[Series] = (),
+    peak: tuple[Point, str] | None = None,
+    height: int = 340,
+) -> Markup:
+    """Areas stacked from the bottom up, all over the same xs; what runs when (name, from, to) below; lines and a peak above."""
+    xs = [x for x, _ in areas[0].points]
+    stacks = [[0.0] * len(xs)]
+    for area in areas:
+        stacks.append([below + y for below, (_, y) in zip(stacks[-1], area.points, strict=True)])
+    highest = max([*stacks[-1], *(y for line in lines for _, y in line.points)])
+    frame = _Frame(xs[0], xs[-1], nice_ticks(0.0, highest), height)
+    svg = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    svg += [*_levels(frame), f'<text class="label" x="{_LEFT - 48}" y="12">{escape(y_label)}</text>']
+    for area, lower, upper in zip(areas, stacks, stacks[1:], strict=False):
+        edge = [*zip(xs, upper, strict=True), *reversed(list(zip(xs, lower, strict=True)))]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(frame.place, edge))
+        svg.append(f'<polygon class="{escape(area.css)}" points="{path}"><title>{escape(area.name)}</title></polygon>')
+    svg += [_drawn(line, [frame.place(point) for point in line.points]) for line in lines if line.points]
+    svg += _spans(frame, sections)
+    if peak is not None:
+        x, y = frame.place(peak[0])
+        side, anchor = (-10, "end") if x > _WIDTH / 2 else (10, "start")
+        svg.append(f'<circle class="peak" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
+        svg.append(f'<text class="peak" x="{x + side:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(peak[1])}</text>')
+    return Markup("\n".join([*svg, "</svg>"]))
+
+
+def _spans(frame: _Frame, sections: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Where each section begins, and its name where it has room."""
+    floor, out = frame.height - 42, []
+    for name, first, end in sections:
+        left, right = (frame.place((x, frame.y_ticks[0]))[0] for x in (first, end))
+        out.append(f'<line class="section" x1="{left:.1f}" x2="{left:.1f}" y1="{_TOP}" y2="{floor + 5}"/>')
+        if right - left > _LETTER * len(name):
+            middle = (left + right) / 2
+            out.append(f'<text class="label" x="{middle:.1f}" y="{floor + 19}" text-anchor="middle">{escape(name)}</text>')
+    out.append(f'<line class="axis" x1="{_LEFT}" x2="{_RIGHT}" y1="{floor}" y2="{floor}"/>')
+    return out
+
+
+def _levels(frame: _Frame) -> list[str]:
+    """A line and a number for every tick upwards."""
+    step, out = frame.y_ticks[1] - frame.y_ticks[0], []
+    for tick in frame.y_ticks:
+        y = frame.place((frame.x_low, tick))[1]
+        out.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_label(tick, step)}</text>')
+    return out
+
+
 def _axes(frame: _Frame, x_label: str, y_label: str, *, whole: bool) -> list[str]:
     low, high, floor = frame.x_low, frame.x_high, frame.height - 42
     x_ticks = nice_ticks(low, high, 8) if low < high else [low, low + 1]
-    x_step, y_step = max(x_ticks[1] - x_ticks[0], float(whole)), frame.y_ticks[1] - frame.y_ticks[0]
-    out = []
-    for tick in frame.y_ticks:
-        y = frame.place((low, tick))[1]
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_label(tick, y_step)}</text>')
+    x_step = max(x_ticks[1] - x_ticks[0], float(whole))
+    out = _levels(frame)
     for tick in x_ticks:
         if low <= tick <= high and (tick.is_integer() or not whole):
             x = frame.place((tick, frame.y_ticks[0]))[0]

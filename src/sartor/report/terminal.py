@@ -16,6 +16,7 @@ from sartor.machine import Machine
 from sartor.plan import Plan
 from sartor.predict import MemoryForecast
 from sartor.report import facts
+from sartor.report.picture import timeline_picture
 
 if TYPE_CHECKING:
     from sartor.train.record import Answer, Run
@@ -126,6 +127,9 @@ def _memory(forecast: MemoryForecast, width: int, *, colours: bool) -> Renderabl
     lines.append(_legend(parts, colours=colours))
     if makers := facts.owners(forecast):
         lines.append(Text(f"made by {makers}", style="dim"))
+    if forecast.timeline is not None:
+        room = facts.tensor_room(forecast)
+        lines += [Text(), timeline_picture(forecast.timeline, room, width, _PART_STYLES, colours=colours)]
     return Group(*lines)
 
 
