@@ -12,6 +12,7 @@ import numpy as np
 from sartor.predict.ledger import KINDS, Event, Ledger, _maker
 
 MOST_POINTS = 200
+FORWARD, BACKWARD = "forward", "loss and backward"
 _BOTH = "forward and backward"
 
 
@@ -115,8 +116,9 @@ def clock(events: Sequence[Event]) -> np.ndarray:
     by the bytes that they move, since what moves more takes longer."""
     sizes = np.abs([event.size_bytes for event in events], dtype=float)
     steps = 1 / len(events) + sizes / max(sizes.sum(), 1)
-    moments = np.concatenate([[0.0], steps.cumsum()])
-    return moments / moments[-1]
+    moments: np.ndarray = np.concatenate([[0.0], steps.cumsum()])
+    moments /= moments[-1]
+    return moments
 
 
 def _live(before: np.ndarray, events: Sequence[Event], kinds: Sequence[int]) -> np.ndarray:
@@ -158,13 +160,13 @@ def _sections(events: Sequence[Event]) -> list[tuple[str, int, int]]:
     for phase, group in groupby(events, key=lambda event: event.phase):
         part = list(group)
         name = phase.partition(": ")[2]
-        cuts = (_passes(part) if name == _BOTH else []) or [(name, 0)]
+        cuts = (passes(part) if name == _BOTH else []) or [(name, 0)]
         sections += [(title, place + first, place + end) for (title, first), (_, end) in pairwise([*cuts, ("", len(part))])]
         place += len(part)
     return sections
 
 
-def _passes(events: Sequence[Event]) -> list[tuple[str, int]]:
+def passes(events: Sequence[Event]) -> list[tuple[str, int]]:
     """Where forward and backward of each micro-batch begin; empty where no module was followed."""
     entry = next((event.module for event in events if event.module), "")
     if not entry:
@@ -182,7 +184,7 @@ def _passes(events: Sequence[Event]) -> list[tuple[str, int]]:
                 seen.add(event.module)
         first = next(place for place in range(start, end) if events[place].module == last_new)
         backward = next((place for place in range(first, end) if not events[place].module), end)
-        cuts += [("forward", start), ("loss and backward", backward)]
+        cuts += [(FORWARD, start), (BACKWARD, backward)]
     return cuts
 
 
