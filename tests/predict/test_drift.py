@@ -91,7 +91,8 @@ def test_reserved_depends_on_the_order_of_lengths(config: str) -> None:
     assert falling < between < worst
     assert worst > 1.3 * alone
     held = [drift(known, order, expandable_segments=True).peak_bytes for order in (rising[::-1], mixed, rising)]
-    assert max(held) < 1.02 * drift(known, [1024] * 2, expandable_segments=True).peak_bytes
+    assert max(held) < 1.01 * min(held), "where segments expand, the order hardly matters"
+    assert max(held) < 1.05 * drift(known, [1024] * 2, expandable_segments=True).peak_bytes
 
 
 def test_what_is_reserved_never_shrinks_until_memory_runs_out(config: str) -> None:
