@@ -27,6 +27,7 @@ def peft_config(job: Job, *, meta: bool = False) -> Any:
             lora_alpha=job.lora.alpha,
             lora_dropout=job.lora.dropout,
             target_modules=job.lora.targets,
+            init_lora_weights=not meta,  # on meta there is nothing to initialise, and it takes long
         )
     if job.method == "prefix":
         return peft.PrefixTuningConfig(

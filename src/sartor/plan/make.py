@@ -16,11 +16,13 @@ from sartor.errors import DoesNotFit, JobError
 from sartor.job import Job
 from sartor.job.units import format_bytes
 from sartor.machine import Machine, probe
-from sartor.methods import MethodTraits, apply, trained_parameters, traits
+from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
+from sartor.plan.drift import with_drift
 from sartor.plan.plan import Plan, Rejected
 from sartor.plan.strategy import Strategy
-from sartor.predict import MemoryForecast, forecast_memory
+from sartor.predict import MemoryForecast, count_trained, forecast_memory
+from sartor.predict.allocator_setting import expandable_segments
 from sartor.step import Precision, cannot_pack
 
 LONGEST_DEFAULT = 2048
@@ -45,6 +47,7 @@ class _Setting:
     packing: bool
     sets: DataSets
     order: BatchOrder
+    expandable_segments: bool
 
 
 def make(job: Job, machine: Machine | None = None) -> Plan:
@@ -73,11 +76,17 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         packing=packing,
         sets=sets,
         order=order,
+        expandable_segments=expandable_segments(
+            job.strategy.expandable_segments, machine.device.kind, here=not machine.elsewhere
+        ),
     )
     strategy, forecast, rejected = _choose(setting, longest)
     if forecast is None:
         raise _does_not_fit(setting, rejected)
-    trained = sum(parameter.numel() for parameter in trained_parameters(apply(model, job, meta=True)).values())
+    forecast, drift_note = with_drift(
+        forecast, strategy, job=job, source=source, machine=machine, method=method, samples=sets.train, order=order
+    )
+    trained = count_trained(job, source, precision)
     return Plan(
         job=job,
         machine=machine,
@@ -89,7 +98,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         data=sets.summary,
         total_steps=order.total_steps,
         rejected=tuple(rejected),
-        notes=(note,) if note else (),
+        notes=tuple(words for words in (note, drift_note) if words),
     )
 
 
@@ -170,6 +179,7 @@ def _forecast(setting: _Setting, strategy: Strategy) -> MemoryForecast:
         precision=setting.precision,
         recompute=strategy.recompute,
         attention=strategy.attention,
+        expandable_segments=strategy.expandable_segments,
     )
 
 
@@ -230,6 +240,7 @@ def _candidates(setting: _Setting, row_capacity: int) -> Iterator[Strategy]:
                 micro_batch=micro_batch,
                 recompute=recompute,
                 attention=None if wanted.attention == "auto" else wanted.attention,
+                expandable_segments=setting.expandable_segments,
             )
 
 

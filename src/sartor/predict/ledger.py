@@ -12,7 +12,7 @@ _INDEX = re.compile(r"\.\d+(?=\.|$)")
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     """A storage comes to life (`size_bytes` > 0) or dies (< 0)."""
 
@@ -21,6 +21,8 @@ class Event:
     phase: str
     module: str = ""
     """Path of the module whose forward (or recomputation) was running; empty in backward and update."""
+    unit: int = -1
+    """Tag of the repeated unit (`sartor.model.regions`) that was running, or whose parameter was at work; -1 outside of units."""
 
 
 @dataclass(frozen=True, kw_only=True)

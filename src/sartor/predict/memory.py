@@ -13,16 +13,15 @@ from sartor.job.schema import Job
 from sartor.job.units import format_bytes
 from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
-from sartor.methods import traits
-from sartor.model import ModelSource, skeleton
+from sartor.model import ModelSource
 from sartor.predict.allocator import AllocatorConfig, Reserved, replay
 from sartor.predict.heap import forecast_heap
 from sartor.predict.heap_state import process_heap
-from sartor.predict.ledger import Ledger, Peak
+from sartor.predict.ledger import Peak
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
-from sartor.predict.trace import trace_steps
-from sartor.step import Precision, make_step, make_trainable
+from sartor.predict.whole import trace_job
+from sartor.step import Precision
 
 Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
 
@@ -55,6 +54,9 @@ class MemoryForecast:
     tight_share: float
     """The share of what is available above which the verdict is tight."""
     trace_seconds: float
+    drift_reserved_bytes: int | None = None
+    """The most that the allocator reserves while lengths vary, in the run's own order (`sartor.plan.drift`); None where its
+    segments expand or all micro-batches are alike."""
     timeline: Timeline | None = None
     """Memory over a step; a picture for the terminal and the page, not part of `to_mapping`."""
 
@@ -72,6 +74,7 @@ class MemoryForecast:
             "allocated_bytes": self.allocated_bytes,
             "active_bytes": self.active_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "drift_reserved_bytes": self.drift_reserved_bytes,
             "process_bytes": self.process_bytes,
             "capacity_bytes": self.available_bytes,
             "interval": None if self.interval is None else list(self.interval),
@@ -108,13 +111,14 @@ def forecast_memory(
     precision: Precision,
     recompute: bool,
     attention: str | None,
+    expandable_segments: bool = False,
 ) -> MemoryForecast:
     """Trace two steps of the job over `batches`, replay the device's allocator, and compare with the device's memory."""
     start = time.perf_counter()
     target = Target.of(machine.device)
     ledger, reason = None, ""
     try:
-        ledger = _trace(job, source, batches, target, precision=precision, recompute=recompute, attention=attention)
+        ledger = trace_job(job, source, batches, target, precision=precision, recompute=recompute, attention=attention)
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     # Measured after tracing: by then the libraries that training needs are loaded.
@@ -130,7 +134,7 @@ def forecast_memory(
     reserved, held = None, []
     if target.kind == "cuda":
         events = target.with_workspace(ledger)
-        config = AllocatorConfig(capacity_bytes=available - baseline)
+        config = AllocatorConfig(capacity_bytes=available - baseline, expandable_segments=expandable_segments)
         reserved = replay(events, config, timeline_points=3 * MOST_POINTS)
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
@@ -156,21 +160,6 @@ _NOTHING: dict[str, Any] = dict.fromkeys(("peak", "allocated_bytes", "active_byt
 
 def _has_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
-
-
-def _trace(
-    job: Job,
-    source: ModelSource,
-    batches: Sequence[Batch],
-    target: Target,
-    *,
-    precision: Precision,
-    recompute: bool,
-    attention: str | None,
-) -> Ledger:
-    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
-    model = make_trainable(model, job, precision, recompute=recompute, meta=True)
-    return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches, target=target)
 
 
 def _judge(needed: int, available: int, share: float, reserved: Reserved | None) -> tuple[Verdict, str]:

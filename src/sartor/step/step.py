@@ -42,18 +42,25 @@ class TrainStep:
 
     def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
         """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all)."""
+        losses = self.accumulate(batches, trained_tokens)
+        return Gradients(losses=losses, norm=self.clip())
+
+    def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int) -> list[Tensor]:
+        """Forward and backward passes; the summed loss of every micro-batch."""
         losses = []
         for batch in batches:
             with self.precision.autocast(self.device_kind):
                 loss = self.loss(self.model, batch)
             (loss / trained_tokens).backward()
             losses.append(loss.detach())
+        return losses
+
+    def clip(self) -> Tensor:
+        """Clip the gradient; its norm before."""
         parameters = list(self.parameters.values())
         if self.clip_norm > 0:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return Gradients(losses=losses, norm=norm)
+            return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def update(self, rate: float) -> None:
         """Take the optimizer step at this learning rate and free the gradients."""

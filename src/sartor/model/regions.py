@@ -1,0 +1,171 @@
+"""Find where a model repeats itself, and leave out the middle: what holds for block 3 holds for block 30.
+
+Layers of a stack become units of one period (one layer, or six where every sixth attends to everything); a region is a row of
+equal units. Of a region with more than `KEPT` units the first three and the last two stay. Which are alike is read from the
+modules themselves: classes, shapes, and every plain number, flag and name they carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sartor.model.blocks import dissect
+
+KEPT = 5
+TEMPLATE = 2
+"""Of the kept units, the one that stands for those left out: neither it nor its neighbours touch an end of the region."""
+
+LONGEST_PERIOD = 12
+_OWN_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A row of `count` equal units, of which `KEPT` are there; their tags are `first_tag` and the next ones."""
+
+    first_tag: int
+    count: int
+
+    @property
+    def copies(self) -> int:
+        """How many units the template stands for, itself included."""
+        return self.count - KEPT + 1
+
+    def holds(self, tag: int) -> bool:
+        return self.first_tag <= tag < self.first_tag + KEPT
+
+    def number(self, tag: int) -> int:
+        """Place in the whole region of a kept unit; for the template, of the first unit it stands for."""
+        place = tag - self.first_tag
+        return place if place <= TEMPLATE else self.count - KEPT + place
+
+
+@dataclass(kw_only=True)
+class Reduction:
+    """What was kept. Modules are the model's own objects, so wrapping them in adapters or shards does not matter."""
+
+    regions: list[Region] = field(default_factory=list)
+    units: dict[int, list[nn.Module]] = field(default_factory=dict)
+    """Tag → layers of the unit, in order."""
+    singles: list[nn.Module] = field(default_factory=list)
+    """Layers that belong to no region."""
+
+    def times(self, tag: int) -> int:
+        """How many units of the whole model a kept one stands for."""
+        region = next((region for region in self.regions if region.holds(tag)), None)
+        return region.copies if region is not None and tag == region.first_tag + TEMPLATE else 1
+
+    def continues(self, tag: int) -> bool:
+        """Whether another unit of the same region follows."""
+        return any(region.holds(tag) and region.holds(tag + 1) for region in self.regions)
+
+    def tags(self) -> dict[int, int]:
+        """id(module) → tag, for every module inside a unit."""
+        return {id(module): tag for tag, layers in self.units.items() for layer in layers for module in layer.modules()}
+
+    def count_parameters(self, model: nn.Module, *, trained: bool) -> int:
+        """Parameters of the whole model that the reduced `model` stands for."""
+        tags, seen, total = self.tags(), set[int](), 0
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in seen and (parameter.requires_grad or not trained):
+                    seen.add(id(parameter))
+                    total += parameter.numel() * self.times(tags.get(id(module), -1))
+        return total
+
+
+def reduce_depth(model: nn.Module) -> Reduction:
+    """Remove repeated layers from `model` (on the meta device), in place; its configuration follows."""
+    reduction = Reduction()
+    for stack in dissect(model).stacks:
+        layers = model.get_submodule(stack.path)
+        assert isinstance(layers, nn.ModuleList | nn.Sequential)
+        owner = model.get_submodule(stack.path.rpartition(".")[0])
+        _reduce_stack(reduction, layers, getattr(owner, "config", None))
+    return reduction
+
+
+def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any) -> None:
+    members, lists = list(layers), _per_layer(config, len(layers))
+    signatures = [(_signature(layer), *(str(values[at]) for values in lists.values())) for at, layer in enumerate(members)]
+    kept: list[int] = []
+    for start, period, count in find_regions(signatures if not _share_parameters(members) else list(range(len(members)))):
+        if count <= KEPT:
+            span = range(start, start + period * count)
+            reduction.singles += [members[at] for at in span]
+            kept += span
+            continue
+        first_tag = len(reduction.units)
+        reduction.regions.append(Region(first_tag=first_tag, count=count))
+        for place, unit in enumerate([*range(TEMPLATE + 1), count - 2, count - 1]):
+            span = range(start + unit * period, start + (unit + 1) * period)
+            reduction.units[first_tag + place] = [members[at] for at in span]
+            kept += span
+    if len(kept) == len(members):
+        return
+    for at in reversed(range(len(members))):
+        if at not in set(kept):
+            del layers[at]
+    for at, layer in enumerate(layers):
+        _renumber(layer, kept[at], at)
+    for name, values in lists.items():
+        setattr(config, name, type(values)(values[at] for at in kept))
+    if config is not None and getattr(config, "num_hidden_layers", None) == len(members):
+        config.num_hidden_layers = len(kept)
+
+
+def find_regions(signatures: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """Cut a row of signatures into (start, period, count); what repeats too seldom comes as single layers (period 1, count 1).
+
+    At each place the period that covers most is taken, the shorter one on ties.
+    """
+    found: list[tuple[int, int, int]] = []
+    start, total = 0, len(signatures)
+    while start < total:
+        best = (1, 1)
+        for period in range(1, min(LONGEST_PERIOD, total - start) + 1):
+            unit, count = signatures[start : start + period], 1
+            while signatures[start + count * period : start + (count + 1) * period] == unit:
+                count += 1
+            if count > KEPT and period * count > best[0] * best[1]:
+                best = (period, count)
+        found.append((start, *best))
+        start += best[0] * best[1]
+    return found
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    """Everything about a layer but its place."""
+    parts: list[Any] = []
+    for path, module in layer.named_modules():
+        plain = (
+            (name, value)
+            for name, value in vars(module).items()
+            if name not in _OWN_NAMES and isinstance(value, int | float | bool | str | None)
+        )
+        held = ((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in module.named_parameters(recurse=False))
+        parts.append((path, type(module).__qualname__, tuple(plain), tuple(held)))
+    return tuple(parts)
+
+
+def _per_layer(config: Any, count: int) -> dict[str, Any]:
+    """Lists of a configuration that have one entry a layer."""
+    if config is None:
+        return {}
+    return {name: value for name, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == count}
+
+
+def _share_parameters(members: list[nn.Module]) -> bool:
+    counted = sum(1 for layer in members for _ in layer.parameters())
+    return counted != len({id(parameter) for layer in members for parameter in layer.parameters()})
+
+
+def _renumber(layer: nn.Module, before: int, now: int) -> None:
+    for module in layer.modules():
+        for name in _OWN_NAMES[:-1]:
+            if vars(module).get(name) == before:
+                setattr(module, name, now)

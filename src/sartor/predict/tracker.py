@@ -1,0 +1,243 @@
+"""The storage tracker: every allocation and release of what runs under it, on fake tensors or on real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sartor.model.regions import Reduction
+from sartor.predict.ledger import Event, Ledger
+from sartor.predict.target import Target
+
+OUTSIDE = -1
+"""Tag of what belongs to no repeated unit."""
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows every storage from the first operator that returns it until it dies. Works on fake and on real tensors."""
+
+    def __init__(self, *, packed: bool = False, target: Target | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ledger = Ledger()
+        self.phase = "build"
+        self._modules: list[str] = []
+        self._packed = packed
+        self._unit = OUTSIDE
+        self._units: dict[int, int] = {}
+        self._backward = False
+        self._by_parameter = False
+        self._created: dict[int, int] = {}
+        self._blind = self._closed = self._leaving = False
+        self._target = target or Target(kind="cpu")
+        self._sizes: dict[int, int] = {}
+        self._serials: dict[int, int] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # the most frequent question, and it makes nothing
+            return args[0].fake_device if _is_fake(args[0]) else func(*args)
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it comes again, with the local tensors
+        if self._blind:
+            return func(*args, **(kwargs or {}))
+        if self._leaving:
+            self._leaving, self._unit = False, OUTSIDE
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            # The one question that models ask of values while they build the mask: is there a single segment a row?
+            return not self._packed
+        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]) and args[0].dtype != torch.bfloat16:
+            result = _grouped_mm(func, args, kwargs or {})
+        else:
+            result = func(*args, **(kwargs or {}))
+        scratch = self._target.transient_bytes(func, args)
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        units = self._units_of_results(args, len(leaves)) if self._by_parameter else None
+        for place, leaf in enumerate(leaves):
+            self.see(leaf, unit=units[place] if units else None)
+        if scratch:
+            self._note_scratch(scratch)
+        return result
+
+    def see(self, tensor: torch.Tensor, *, unit: int | None = None) -> int:
+        """Note the tensor's storage, if it is new; return its serial number in the ledger."""
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key not in self._sizes:
+            self._track(storage, self._count, self._unit if unit is None else unit)
+            self._count += 1
+            self._append(self._serials[key], storage.nbytes(), self._units[key])
+        return self._serials[key]
+
+    def _track(self, storage: torch.UntypedStorage, serial: int, unit: int) -> None:
+        key = storage._cdata
+        self._sizes[key], self._serials[key], self._units[key] = storage.nbytes(), serial, unit
+        self._created[key] = len(self.ledger.events)
+        weakref.finalize(storage, self._free, key)
+
+    def begin(self, phase: str, *, by_parameter: bool = False) -> None:
+        """A new phase; no module of the last one runs on. `by_parameter`: it goes through parameters, not through modules."""
+        self.phase = phase
+        self._modules.clear()
+        self._unit = OUTSIDE
+        self._by_parameter = by_parameter
+
+    def belongs(self, tensor: torch.Tensor, unit: int) -> None:
+        """Say to which unit a storage belongs, whenever it was made."""
+        self.see(tensor)
+        key = _storage(tensor)._cdata
+        self._units[key] = unit
+        at = self._created[key]
+        self.ledger.events[at] = dataclasses.replace(self.ledger.events[at], unit=unit)
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is made in this context is not noted."""
+        self._blind = True
+        try:
+            yield
+        finally:
+            self._blind = False
+
+    def repeat(self, phase: str, name: str) -> dict[int, int]:
+        """Note the events of an earlier phase once more, as those of phase `name`. What it made and left alive → its copy."""
+        self.begin(name)
+        copies: dict[int, int] = {}
+        alive: dict[int, int] = {}
+        for event in [event for event in self.ledger.events if event.phase == phase]:
+            if event.size_bytes >= 0 and event.storage not in copies:
+                copies[event.storage] = alive[event.storage] = self._count
+                self._count += 1
+                if event.storage in self.ledger.kinds:
+                    self.ledger.kinds[copies[event.storage]] = self.ledger.kinds[event.storage]
+            if event.storage not in copies:
+                continue  # made before the phase; it can be freed once only
+            if event.size_bytes < 0:
+                alive.pop(event.storage, None)
+            self.ledger.events.append(dataclasses.replace(event, storage=copies[event.storage], phase=name))
+        return alive
+
+    def adopt(self, tensor: torch.Tensor, serial: int) -> None:
+        """From now on this tensor, unseen so far, is the storage that `repeat` noted under this number."""
+        at = next(at for at in reversed(range(len(self.ledger.events))) if self.ledger.events[at].storage == serial)
+        storage = _storage(tensor)
+        self._track(storage, serial, self.ledger.events[at].unit)
+        self._created[storage._cdata] = at
+
+    def release(self, serials: Iterable[int]) -> None:
+        """Note the end of storages that `repeat` noted and nobody adopted."""
+        made = {event.storage: event for event in self.ledger.events if event.size_bytes >= 0}
+        for serial in serials:
+            self._append(serial, -made[serial].size_bytes, made[serial].unit)
+
+    def unit_of(self, tensor: torch.Tensor) -> int:
+        """The unit to which a storage belongs."""
+        return self._units.get(_storage(tensor)._cdata, OUTSIDE)
+
+    def mark(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], kind: str) -> None:
+        """Say what these tensors' storages are."""
+        for tensor in tensors:
+            self.ledger.kinds[self.see(tensor)] = kind
+
+    def follow(self, model: nn.Module, reduction: Reduction | None = None) -> None:
+        """Note which module and which unit runs, from now on, for as long as the model lives."""
+        if reduction is not None and reduction.regions:
+            model.register_forward_pre_hook(lambda *_: self._enter_forward(), prepend=True)
+            for tag, layers in reduction.units.items():
+                layers[0].register_forward_pre_hook(lambda *_, tag=tag: self._enter(tag), prepend=True)
+                for layer in layers:
+                    layer.register_forward_hook(lambda _, inputs, output, tag=tag: self._watch(output, tag))
+                if not reduction.continues(tag):  # what follows on a unit belongs to it, until another one begins
+                    layers[-1].register_forward_hook(lambda *_: self._leave_units())
+            for layer in reduction.singles:
+                layer.register_forward_hook(lambda _, inputs, output: self._watch(output, OUTSIDE))
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(lambda *_, path=path: self._modules.append(path))
+                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def _leave(self) -> None:
+        # Recomputation stops a block early, by an exception that hooks of its inner modules may not see.
+        if self._modules:
+            self._modules.pop()
+
+    def _enter_forward(self) -> None:
+        self._backward, self._unit = False, OUTSIDE
+
+    def _enter(self, tag: int) -> None:
+        if not self._backward:  # a recomputation is part of its unit's backward
+            self._leaving, self._unit = False, tag
+
+    def _leave_units(self) -> None:
+        """The last unit of a row has returned: what is freed before anything else runs is still its doing."""
+        self._leaving = not self._backward
+
+    def _watch(self, output: Any, tag: int) -> None:
+        """When the gradient of a layer's output is there, the layer's backward begins."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not self._backward and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: self._turn(tag))
+
+    def _turn(self, tag: int) -> None:
+        self._leaving, self._backward, self._unit = False, True, tag
+
+    def _units_of_results(self, args: Any, count: int) -> list[int] | None:
+        """Operators over lists give the n-th result for the n-th parameter; others belong to their first tensor's unit."""
+        first = next((arg for arg in args if isinstance(arg, torch.Tensor | list | tuple) and not _is_plain(arg)), None)
+        if first is None:
+            return None
+        if isinstance(first, torch.Tensor):
+            return [self.unit_of(first)] * count
+        return [self.unit_of(tensor) for tensor in first] if len(first) == count else None
+
+    def close(self) -> None:
+        """The ledger is complete: what dies from now on is not noted."""
+        self._closed = True
+
+    def _free(self, key: int) -> None:
+        if self._closed:
+            return
+        unit = self._units.pop(key) if self._unit == OUTSIDE else self._unit
+        self._units.pop(key, None)
+        del self._created[key]
+        self._append(self._serials.pop(key), -self._sizes.pop(key), unit)
+
+    def _note_scratch(self, size_bytes: int) -> None:
+        """Memory that came and went inside an operator, beside its results."""
+        for size in (size_bytes, -size_bytes):
+            self._append(self._count, size, self._unit)
+        self._count += 1
+
+    def _append(self, serial: int, size_bytes: int, unit: int) -> None:
+        module = self._modules[-1] if self._modules else ""
+        self.ledger.events.append(Event(storage=serial, size_bytes=size_bytes, phase=self.phase, module=module, unit=unit))
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The experts' product in float32: the CPU computes it, but PyTorch's shape rule (2.13) knows bfloat16 only."""
+    first, second, *rest = args
+    result: torch.Tensor = func(first.to(torch.bfloat16), second.to(torch.bfloat16), *rest, **kwargs)
+    return result.to(first.dtype)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The storage on this device; of a DTensor, its local part's."""
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an operator's argument is a list that holds no tensors (a shape)."""
+    return isinstance(value, list | tuple) and not (value and all(isinstance(item, torch.Tensor) for item in value))
+
+
+def _is_fake(value: Any) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)

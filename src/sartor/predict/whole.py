@@ -1,0 +1,87 @@
+"""The ledger of a job's whole model, traced on as few of its layers as the job allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sartor.data.pack import Batch
+from sartor.job.schema import Job
+from sartor.methods import trained_parameters, traits
+from sartor.methods.adapters import peft_config
+from sartor.model import ModelSource, skeleton
+from sartor.model.regions import Reduction, reduce_depth
+from sartor.predict.ledger import Ledger
+from sartor.predict.repeat import NotRepeatable, expand
+from sartor.predict.target import Target
+from sartor.predict.trace import trace_steps
+from sartor.step import Precision, make_step, make_trainable
+
+_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
+_LAYER_LISTS = ("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices")
+
+
+def trace_job(
+    job: Job,
+    source: ModelSource,
+    batches: Sequence[Batch],
+    target: Target,
+    *,
+    precision: Precision,
+    recompute: bool,
+    attention: str | None,
+) -> Ledger:
+    """Two steps of the job over these micro-batches. Layers that repeat are traced a few times and repeated; where that cannot
+    be (their traces differ, or the method treats layers by their number), the whole model is traced."""
+
+    def traced(*, shortened: bool) -> Ledger:
+        model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
+        reduction = reduce_depth(model) if shortened else Reduction()
+        model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
+        ledger = trace_steps(
+            model,
+            lambda fake: make_step(fake, job, precision, device_kind="cpu"),
+            batches,
+            target=target,
+            reduction=reduction,
+        )
+        return expand(ledger, reduction)
+
+    try:
+        return traced(shortened=treats_layers_alike(job))
+    except NotRepeatable:
+        return traced(shortened=False)
+
+
+def count_trained(job: Job, source: ModelSource, precision: Precision) -> int:
+    """Parameters that the job trains, of the whole model."""
+    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter))
+    reduction = reduce_depth(model) if treats_layers_alike(job) else Reduction()
+    model = make_trainable(model, job, precision, recompute=False, meta=True)
+    if not reduction.regions:
+        return sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return reduction.count_parameters(model, trained=True)
+
+
+def treats_layers_alike(job: Job) -> bool:
+    """Whether the method does the same in every layer: no prefix (one tensor for all layers), no layer named by its number."""
+    if job.method == "full":
+        return True
+    config = peft_config(job, meta=True)
+    if config.is_prompt_learning:
+        return "PREFIX" not in str(config.peft_type)
+    if any(getattr(config, name, None) for name in _LAYER_LISTS):
+        return False
+    return not any(_has_digits(getattr(config, name, None)) for name in _PATTERNS)
+
+
+def _has_digits(value: Any) -> bool:
+    if isinstance(value, str):
+        return value != "all-linear" and (
+            any(letter.isdigit() for letter in value) or any(letter in value for letter in "*[]()^$")
+        )
+    if isinstance(value, dict):
+        return any(_has_digits(key) for key in value)
+    if isinstance(value, list | tuple | set):
+        return any(_has_digits(item) for item in value)
+    return False
