@@ -15,9 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_published_runs_are_forecast_within_half_a_percent(
-    shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_runs_are_forecast_within_a_percent(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     published = importlib.import_module("memory_published")
     path = shared("measured/published.csv")
@@ -28,5 +26,10 @@ def test_published_runs_are_forecast_within_half_a_percent(
     for row in small:
         result = published.score(row, path.parents[1])
         assert abs(result["error_percent"]) < 0.5, (row["model"], result)
+    quantised = [row for row in rows if row["method"] == "qlora"]
+    assert len(quantised) == 10
+    for row in quantised[1:2] + quantised[7:10:2]:
+        result = published.score(row, path.parents[1])
+        assert abs(result["error_percent"]) < 1, (row["model"], result)
     sys.modules.pop("memory_published")
     sys.modules.pop("common")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import importlib.util
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +22,8 @@ from sartor.data.tokens import Sample, TokenSet
 from sartor.job import Job, from_mapping
 from sartor.job.schema import QuantiseJob
 from sartor.methods import traits
-from sartor.model import ModelSource, build, quantise_skeleton, resolve, skeleton, weight_bytes
+from sartor.model import build, quantise_skeleton, resolve, skeleton
+from sartor.model.quantised import Linear4bit, Linear8bitLt
 from sartor.predict import StorageTracker, trace_steps
 from sartor.predict.trace import run_traced_step
 from sartor.step import Precision, make_step, make_trainable
@@ -90,15 +95,76 @@ def bitsandbytes_state(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 class RealTracker(StorageTracker):
-    """Sees what happens inside bitsandbytes' operators as well."""
+    """Sees what happens inside bitsandbytes' operators as well; `inside`: their Python, by name."""
+
+    def __init__(self, inside: dict[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.inside = inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.bitsandbytes.gemm_4bit.default:
-            from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
-
+        if func.namespace == "bitsandbytes" and func._schema.name in self.inside:
             with self:
-                return _gemm_4bit_default_impl(*args, **(kwargs or {}))
+                return self.inside[func._schema.name](*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def kernels_of(monkeypatch: pytest.MonkeyPatch, device: str) -> tuple[Any, dict[str, Callable[..., Any]]]:
+    """A fresh copy of bitsandbytes' backend for this device, and its operators, by name."""
+    from bitsandbytes import _ops
+
+    found: dict[str, Callable[..., Any]] = {}
+
+    def register(name: str, kind: str, function: Any = None) -> Any:
+        return functools.partial(register, name, kind) if function is None else found.setdefault(name, function)
+
+    spec = importlib.util.find_spec(f"bitsandbytes.backends.{device}.ops")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ops, "register_kernel", register)
+        spec.loader.exec_module(module)
+    return module, found
+
+
+class Silence:
+    """A native library whose functions do nothing, and report no error."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__[name] = lambda *arguments: 0
+        return self.__dict__[name]
+
+
+class Zeroed:
+    """`torch`, with memory that is always zero: the kernels that would write it are silent."""
+
+    empty, empty_like = staticmethod(torch.zeros), staticmethod(torch.zeros_like)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+    """bitsandbytes as on CUDA, on CPU tensors: its Python as it is, without the native kernels, which allocate nothing."""
+    import bitsandbytes
+    from bitsandbytes import cextension
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    monkeypatch.setattr(cextension, "lib", Silence())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    module, kernels = kernels_of(monkeypatch, "cuda")
+    module.torch, module._cuda_device_of, module.CUBLAS_Context = Zeroed(), contextlib.nullcontext, mock.MagicMock()
+    module._gemm_4bit_use_custom_fn = lambda *arguments: False
+    monkeypatch.setattr(
+        bitsandbytes,
+        "matmul",
+        lambda A, B, out=None, state=None, threshold=0.0, bias=None: MatMul8bitLt.apply(A, B, out, bias, state),
+    )
+    # PEFT asks without a device, which means CUDA; autocast is on for the CPU here.
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
+    return kernels_of(monkeypatch, "default")[1] | kernels
 
 
 def forecast(job: Job, mode: str, recompute: bool, kind: str = "cpu") -> Any:
@@ -108,13 +174,13 @@ def forecast(job: Job, mode: str, recompute: bool, kind: str = "cpu") -> Any:
     return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), [batch(), batch()])
 
 
-def measured(job: Job, mode: str, recompute: bool) -> Any:
+def measured(job: Job, mode: str, recompute: bool, inside: dict[str, Callable[..., Any]]) -> Any:
     precision = Precision.of(mode)
     dtype = precision.load_dtype(adapter=True)
     model = build(resolve(job.model), dtype=dtype, device="cpu", quantise=job.quantise)
     model = make_trainable(model, job, precision, recompute=recompute, seed=0)
     gc.collect()
-    tracker = RealTracker()
+    tracker = RealTracker(inside)
     with tracker:
         states = [tensor for module in model.modules() for tensor in bitsandbytes_state(module)]
         tracker.mark([*model.parameters(), *model.buffers(), *states], "weights")
@@ -136,15 +202,97 @@ def test_every_layer_is_as_large_as_bitsandbytes_makes_it(
     assert storages(quantise_skeleton(skeleton(source, dtype=dtype), quantise)) == real
 
 
+PRECISIONS = ["float32", "bf16-mixed", "bf16"]
+CASES = [
+    (name, options, precision, bool(number % 4))
+    for number, (name, options, precision) in enumerate(itertools.product(["tiny", "biased", "gpt2"], MODES, PRECISIONS))
+    if number % 2 == 0
+]
+"""Every second combination, every second of them with recomputation; single layers are tried in all."""
+
+
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["tiny", "biased", "gpt2"])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("mode", ["float32", "bf16-mixed", "bf16"])
-@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize(("name", "options", "precision", "recompute"), CASES, ids=str)
 def test_the_traced_peak_is_the_measured_one(
-    request: pytest.FixtureRequest, name: str, options: dict[str, Any], mode: str, recompute: bool
+    request: pytest.FixtureRequest, name: str, options: dict[str, Any], precision: str, recompute: bool
+) -> None:
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    job = job_for(request.getfixturevalue(name), quantise=options)
+    inside = {"bitsandbytes::gemm_4bit": _gemm_4bit_default_impl}
+    traced, real = forecast(job, precision, recompute).peak(), measured(job, precision, recompute, inside).peak()
+    assert (traced.total_bytes, traced.by_kind, traced.phase) == (real.total_bytes, real.by_kind, real.phase)
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "options", "precision", "recompute"), CASES, ids=str)
+def test_on_cuda_bitsandbytes_allocates_the_same(
+    request: pytest.FixtureRequest,
+    cuda_kernels: dict[str, Callable[..., Any]],
+    name: str,
+    options: dict[str, Any],
+    precision: str,
+    recompute: bool,
 ) -> None:
     job = job_for(request.getfixturevalue(name), quantise=options)
-    traced, real = forecast(job, mode, recompute).peak(), measured(job, mode, recompute).peak()
+    real = measured(job, precision, recompute, cuda_kernels).peak()
+    traced = forecast(job, precision, recompute, kind="cuda").peak()
     assert (traced.total_bytes, traced.by_kind, traced.phase) == (real.total_bytes, real.by_kind, real.phase)
+
+
+def passes(layer: nn.Module, tracker: StorageTracker, dtype: torch.dtype) -> list[int]:
+    """Bytes beyond the layer's own: most in forward, then after it, most in backward, after it, and without the graph."""
+    states = [tensor for module in layer.modules() for tensor in bitsandbytes_state(module)]
+    seen = []
+    with tracker:
+        tracker.mark([*layer.parameters(), *layer.buffers(), *states], "weights")
+        start = sum(event.size_bytes for event in tracker.ledger.events)
+        x = torch.zeros((2, 40, layer.in_features), dtype=dtype, requires_grad=True)
+        tracker.begin("forward")
+        output = layer(x)
+        tracker.begin("backward")
+        output.backward(torch.ones_like(output))
+        tracker.begin("end")
+        del output
+        x.grad = None
+        gc.collect()
+    live = 0
+    for phase, events in itertools.groupby(tracker.ledger.events, key=lambda event: event.phase):
+        levels = list(itertools.accumulate((event.size_bytes for event in events), initial=live))
+        live = levels[-1]
+        if phase != "build":
+            seen += [max(levels) - start, live - start]
+    return seen
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", MODES[:4], ids=str)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_layer_allocates_what_bitsandbytes_does(
+    request: pytest.FixtureRequest, kind: str, options: dict[str, Any], bias: bool, dtype: torch.dtype
+) -> None:
+    import bitsandbytes
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    quantise = QuantiseJob(**options)
+    compute = getattr(torch, quantise.compute)
+    inside = {"bitsandbytes::gemm_4bit": _gemm_4bit_default_impl}
+    if kind == "cuda":
+        inside = request.getfixturevalue("cuda_kernels")
+    source = nn.Linear(128, 192, bias=bias)
+    if quantise.mode == "int8":
+        real: nn.Module = bitsandbytes.nn.Linear8bitLt(128, 192, bias, has_fp16_weights=False, threshold=6.0)
+    else:
+        real = bitsandbytes.nn.Linear4bit(128, 192, bias, compute, quantise.double, "nf4")
+    real.load_state_dict(source.state_dict())
+    real = real.to("cpu").train().requires_grad_(False)
+    frozen = None if source.bias is None else nn.Parameter(source.bias.data, requires_grad=False)
+    if quantise.mode == "int8":
+        stand_in: nn.Module = Linear8bitLt(128, 192, frozen, kind=kind)
+    else:
+        stand_in = Linear4bit(128, 192, frozen, stored=torch.float32, compute=compute, double=quantise.double, kind=kind)
+    assert passes(stand_in.to_empty(device="cpu").train(), StorageTracker(), dtype) == passes(real, RealTracker(inside), dtype)

@@ -91,3 +91,11 @@ def test_synthetic_examples_must_fit_and_are_not_given_with_a_file(synthetic: di
     synthetic["data"]["path"] = "train.jsonl"
     with pytest.raises(JobError, match="both"):
         sartor.plan(synthetic)
+
+
+def test_cuda_needs_room_for_a_product_in_the_softmax_gradient() -> None:
+    gradient = torch.zeros(2, 3, 64, 64)
+    arguments = (gradient, torch.zeros_like(gradient), -1, torch.float32)
+    backward = torch.ops.aten._softmax_backward_data.default
+    assert Target(kind="cuda", sm=75).transient_bytes(backward, arguments) == 4 * gradient.numel()
+    assert Target(kind="cpu").transient_bytes(backward, arguments) == 0

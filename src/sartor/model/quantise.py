@@ -56,7 +56,7 @@ def keep_trainable(model: nn.Module) -> None:
     """Stay with the layout that has a backward pass.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer for good when it first infers (an evaluation, say); the
-    repacked layer passes no gradient on, and says nothing.
+    repacked layer passes no gradient on to its input.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -62,15 +62,19 @@ class Target:
         flash = self.kind == "cuda" and (self.sm or 80) >= 80
         if flash and func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             return _flash_backward_scratch(query=args[1], key=args[2])
+        if self.kind == "cuda" and func is torch.ops.aten._softmax_backward_data.default:
+            # `Tensor tmp = grad * output` (PyTorch 2.13, aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
+            gradient: torch.Tensor = args[0]
+            return gradient.numel() * gradient.element_size()
         return 0
 
-    def with_workspace(self, ledger: Ledger) -> Sequence[Event]:
-        """The ledger's events as the target's allocator sees them, the matrix library's workspace among them."""
+    def with_workspace(self, ledger: Ledger, *, handles: int = CUBLAS_HANDLES) -> Sequence[Event]:
+        """The ledger's events as the target's allocator sees them, the matrix library's workspaces among them."""
         if not self.workspace_bytes:
             return ledger.events
         first = next((place for place, event in enumerate(ledger.events) if event.phase != "build"), 0)
         size = self.workspace_bytes // CUBLAS_HANDLES
-        workspaces = [Event(storage=-1 - handle, size_bytes=size, phase="build") for handle in range(CUBLAS_HANDLES)]
+        workspaces = [Event(storage=-1 - handle, size_bytes=size, phase="build") for handle in range(handles)]
         return [*ledger.events[:first], *workspaces, *ledger.events[first:]]
 
 
