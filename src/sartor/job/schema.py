@@ -200,6 +200,11 @@ class StrategyJob:
     micro_batch: Literal["auto"] | int = option("auto", "rows computed at once; the rest of a step is accumulated", at_least=1)
     recompute: Literal["auto", "none", "full"] = option("auto", "drop activations in forward and compute them again in backward")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option("auto", "attention kernel, by transformers' name")
+    expandable_segments: Literal["auto"] | bool = option(
+        "auto",
+        "let the segments of PyTorch's CUDA allocator grow, so that varying lengths do not fragment it; `auto`: yes, unless "
+        "PYTORCH_ALLOC_CONF says otherwise",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

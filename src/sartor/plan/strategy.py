@@ -23,10 +23,14 @@ class Strategy:
     recompute: bool
     attention: str | None
     """transformers' name of the attention kernel; None leaves it to transformers."""
+    expandable_segments: bool = False
+    """Whether the segments of PyTorch's CUDA allocator grow in place; there are none on other devices."""
 
     def describe(self) -> str:
         """The strategy in a sentence."""
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
         activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
-        return f"{self.device}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}, {activations}{attention}"
+        fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""
+        start = f"{self.device}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
+        return f"{start}, {activations}{attention}{fixed}"

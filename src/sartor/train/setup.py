@@ -22,6 +22,7 @@ from sartor.job import to_mapping
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
+from sartor.predict.allocator_setting import set_expandable_segments
 from sartor.step import TrainStep, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
@@ -57,6 +58,8 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     """
     job, strategy = plan.job, plan.strategy
     torch.set_num_threads(strategy.threads)
+    if torch.device(strategy.device).type == "cuda":
+        set_expandable_segments(strategy.expandable_segments)
     tokenizer = load_tokenizer(job.model)
     assert job.data.max_length is not None, "a plan's job is resolved"
     source = resolve(job.model)
