@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,33 @@ def test_what_cannot_fit_is_refused_with_what_would_help(job_tree: dict[str, Any
     assert limit is not None
     with pytest.raises(DoesNotFit, match="does not fit") as refused:
         sartor.plan({**job_tree, "machine": {"name": "L40S-48GB", "device_memory": limit - 120 * 2**20}})
-    assert "method=lora (" in str(refused.value)
-    assert "precision=bf16 (" in str(refused.value)
+    said = str(refused.value)
+    assert said.index("precision=bf16: ") < said.index("method=lora: "), "the cheapest first"
+    needed = in_mib(re.search(r"it needs (.*?) of", said)[1])
+    for change in ("precision=bf16", "method=lora"):
+        total, saved = re.search(rf"{change}: (.*?), saves (.*?)(;|$)", said, re.MULTILINE).groups()[:2]
+        assert in_mib(total) + in_mib(saved) == pytest.approx(needed, rel=0.01)
+
+
+def in_mib(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
+
+
+def test_what_is_tight_says_what_leaves_more_room(job_tree: dict[str, Any]) -> None:
+    job_tree["model"] += "/config.json"
+    job_tree |= {"data": {"synthetic": {"length": 128, "examples": 64}, "packing": False}, "machine": "L40S-48GB"}
+    job_tree |= {"precision": "float32", "strategy": {"micro_batch": 64, "recompute": "none"}}
+    job_tree["training"]["global_batch"] = 64
+    roomy = sartor.plan(job_tree)
+    assert roomy.forecast.process_bytes is not None
+    assert not any("more room" in note for note in roomy.notes)
+    limit = round(roomy.forecast.process_bytes / 0.95)
+    tight = sartor.plan({**job_tree, "machine": {"name": "L40S-48GB", "device_memory": limit}})
+    assert tight.forecast.verdict == "tight"
+    (note,) = [note for note in tight.notes if note.startswith("to leave more room: ")]
+    assert "strategy.micro_batch=1: " in note
+    assert ", saves " in note
 
 
 def test_what_nothing_helps_is_refused_too(job_tree: dict[str, Any]) -> None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sartor.data import DataSets, TokenSet, prepare
-from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, collate, fill_rows, micro_batches
-from sartor.errors import DoesNotFit, JobError
+from sartor.data import prepare
+from sartor.errors import JobError
 from sartor.job import Job
-from sartor.job.units import format_bytes
 from sartor.machine import Machine, probe
 from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
-from sartor.plan.drift import with_drift
+from sartor.plan.changes import does_not_fit, more_room
+from sartor.plan.forecast import forecast_of
 from sartor.plan.plan import Plan, Rejected
+from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
-from sartor.predict import MemoryForecast, count_trained, forecast_memory
+from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.allocator_setting import expandable_segments
 from sartor.step import Precision, cannot_pack
 
@@ -30,24 +28,6 @@ LONGEST_DEFAULT = 2048
 
 FULL_MICRO_BATCH_TOKENS = 8192
 """A micro-batch of so many tokens keeps any device busy; a larger one costs memory and gains nothing."""
-
-WORST_BATCH_STEPS = 20_000
-"""Steps that are searched for the worst batch; more are more of the same data in another order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """What every candidate has in common."""
-
-    job: Job
-    source: ModelSource
-    machine: Machine
-    method: MethodTraits
-    precision: Precision
-    packing: bool
-    sets: DataSets
-    order: BatchOrder
-    expandable_segments: bool
 
 
 def make(job: Job, machine: Machine | None = None) -> Plan:
@@ -67,7 +47,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     tokenizer = None if job.data.synthetic else load_tokenizer(job.model)
     sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
     order = batch_order(job, sets)
-    setting = _Setting(
+    setting = Setting(
         job=job,
         source=source,
         machine=machine,
@@ -81,11 +61,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         ),
     )
     strategy, forecast, rejected = _choose(setting, longest)
-    if forecast is None:
-        raise _does_not_fit(setting, rejected)
-    forecast, drift_note = with_drift(
-        forecast, strategy, job=job, source=source, machine=machine, method=method, samples=sets.train, order=order
-    )
+    if forecast.verdict == "does not fit":
+        raise does_not_fit(setting, strategy, forecast)
     trained = count_trained(job, source, precision)
     return Plan(
         job=job,
@@ -98,19 +75,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         data=sets.summary,
         total_steps=order.total_steps,
         rejected=tuple(rejected),
-        notes=tuple(words for words in (note, drift_note) if words),
-    )
-
-
-def batch_order(job: Job, sets: DataSets) -> BatchOrder:
-    """The order of the run's steps, from the job alone."""
-    training = job.training
-    return BatchOrder(
-        examples=len(sets.train),
-        global_batch=training.global_batch,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        seed=training.seed,
+        notes=tuple(words for words in (note, forecast.drift_note, more_room(setting, strategy, forecast)) if words),
     )
 
 
@@ -154,12 +119,12 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, st
     return not reason, f"not packed: {reason}" if reason else ""
 
 
-def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast | None, list[Rejected]]:
-    """The first candidate that fits, else the first that is tight; candidates come fastest first. No forecast: none does."""
+def _choose(setting: Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
+    """The first candidate that fits, else the first that is tight, else the last; candidates come fastest first."""
     rejected: list[Rejected] = []
     tight: tuple[Strategy, MemoryForecast] | None = None
     for strategy in _candidates(setting, row_capacity):
-        forecast = _forecast(setting, strategy)
+        forecast = forecast_of(setting, strategy)
         if forecast.verdict in ("fits", "cannot say"):
             return strategy, forecast, rejected
         if forecast.verdict == "tight" and tight is None:
@@ -167,57 +132,10 @@ def _choose(setting: _Setting, row_capacity: int) -> tuple[Strategy, MemoryForec
         rejected.append(Rejected(strategy=strategy, reason=f"{forecast.verdict}: {forecast.reason}"))
     if tight is not None:
         return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
-    return rejected[-1].strategy, None, rejected
+    return strategy, forecast, rejected
 
 
-def _forecast(setting: _Setting, strategy: Strategy) -> MemoryForecast:
-    return forecast_memory(
-        setting.job,
-        setting.source,
-        setting.machine,
-        worst_micro_batches(setting.sets.train, setting.order, strategy),
-        precision=setting.precision,
-        recompute=strategy.recompute,
-        attention=strategy.attention,
-        expandable_segments=strategy.expandable_segments,
-    )
-
-
-def _does_not_fit(setting: _Setting, rejected: list[Rejected]) -> DoesNotFit:
-    """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried."""
-    smallest = rejected[-1]
-    helps = []
-    for words, changed in _changes(setting):
-        strategy = dataclasses.replace(smallest.strategy, precision=changed.precision)
-        forecast = _forecast(changed, strategy)
-        if forecast.verdict in ("fits", "tight") and forecast.process_bytes is not None:
-            helps.append(f"{words} ({format_bytes(forecast.process_bytes)})")
-    return DoesNotFit(
-        f"this job does not fit on {setting.machine.device.torch_name}: it {smallest.reason.partition(': ')[2]}",
-        why=f"the smallest strategy tried is: {smallest.strategy.describe()}",
-        remedy="; or ".join(helps) or "a smaller model, or a device with more memory: nothing that was tried alone is enough",
-    )
-
-
-def _changes(setting: _Setting) -> Iterator[tuple[str, _Setting]]:
-    """Single changes of the job that need less memory, the gentlest first."""
-    job = setting.job
-    if setting.precision.mode == "float32":
-        yield "precision=bf16-mixed", dataclasses.replace(setting, precision=Precision.of("bf16-mixed"))
-    if setting.precision.mode != "bf16":
-        yield "precision=bf16", dataclasses.replace(setting, precision=Precision.of("bf16"))
-    if job.method == "full":
-        lora = dataclasses.replace(job, method="lora")
-        yield "method=lora", dataclasses.replace(setting, job=lora, method=traits(lora))
-    longest = int(setting.sets.train.lengths.max())
-    half = [index for index, length in enumerate(setting.sets.train.lengths) if length <= longest // 2]
-    if len(half) >= job.training.global_batch:
-        sets = dataclasses.replace(setting.sets, train=setting.sets.train.take(half))
-        changed = dataclasses.replace(setting, sets=sets, order=batch_order(job, sets))
-        yield f"data.max_length={longest // 2} with data.overlong=drop", changed
-
-
-def _candidates(setting: _Setting, row_capacity: int) -> Iterator[Strategy]:
+def _candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
     """Strategies that honour what the job pins: large micro-batches first, recomputation only when nothing else helps."""
     job, wanted = setting.job, setting.job.strategy
     again_possible = setting.method.recompute
@@ -250,22 +168,6 @@ def _halvings(size: int) -> list[int]:
         sizes.append(size)
         size //= 2
     return sizes
-
-
-def worst_micro_batches(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> list[Batch]:
-    """The micro-batch of the run with most positions, twice where steps accumulate (gradients live beside it)."""
-    worst: tuple[int, list[list[int]]] = (-1, [])
-    accumulates = False
-    for step in range(min(order.total_steps, WORST_BATCH_STEPS)):
-        rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
-        groups = micro_batches(rows, strategy.micro_batch)
-        accumulates |= len(groups) > 1
-        for group in groups:
-            width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
-            if len(group) * width > worst[0]:
-                worst = (len(group) * width, group)
-    batch = collate(samples, worst[1], pad_id=0, packing=strategy.packing)
-    return [batch, batch] if accumulates else [batch]
 
 
 def load_dtype(plan: Plan) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class MemoryForecast:
     drift_reserved_bytes: int | None = None
     """The most that the allocator reserves while lengths vary, in the run's own order (`sartor.plan.drift`); None where its
     segments expand or all micro-batches are alike."""
+    drift_note: str = ""
+    """What there is to say about that."""
     timeline: Timeline | None = None
     """Memory over a step; a picture for the terminal and the page, not part of `to_mapping`."""
 
@@ -136,6 +139,10 @@ def forecast_memory(
         events = target.with_workspace(ledger)
         config = AllocatorConfig(capacity_bytes=available - baseline, expandable_segments=expandable_segments)
         reserved = replay(events, config, timeline_points=3 * MOST_POINTS)
+        out_of_memory = reserved.out_of_memory
+        if out_of_memory is not None:  # what it would take: the numbers of a card without limit
+            config = AllocatorConfig(expandable_segments=expandable_segments)
+            reserved = dataclasses.replace(replay(events, config), out_of_memory=out_of_memory)
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
@@ -167,7 +174,8 @@ def _judge(needed: int, available: int, share: float, reserved: Reserved | None)
     text = f"needs {format_bytes(needed)} of {format_bytes(available)}"
     if reserved is not None and reserved.out_of_memory is not None:
         moment = reserved.out_of_memory
-        return "does not fit", f"needs more than {format_bytes(available)}: memory runs out in {moment.phase}"
+        text = text if needed > available else f"needs more than {format_bytes(available)}"
+        return "does not fit", f"{text}: memory runs out in {moment.phase}"
     if needed > available:
         return "does not fit", text
     if needed > share * available or (reserved is not None and reserved.retries):

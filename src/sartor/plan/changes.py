@@ -1,0 +1,94 @@
+"""What would make a job fit, or leave it more room: single changes, each forecast, the cheapest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from sartor.errors import DoesNotFit
+from sartor.job.schema import QuantiseJob
+from sartor.job.units import format_bytes
+from sartor.methods import traits
+from sartor.plan.forecast import forecast_of
+from sartor.plan.setting import Setting, batch_order
+from sartor.plan.strategy import Strategy
+from sartor.predict import MemoryForecast
+from sartor.step import Precision
+
+Change = tuple[str, Setting, Strategy]
+"""What to write, and what is then run."""
+
+
+def does_not_fit(setting: Setting, smallest: Strategy, forecast: MemoryForecast) -> DoesNotFit:
+    """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried."""
+    helps = [
+        f"{words}: {_room(changed, forecast.process_bytes)}"
+        for words, changed in _forecasts(setting, smallest)
+        if changed.verdict in ("fits", "tight")
+    ]
+    return DoesNotFit(
+        f"this job does not fit on {setting.machine.device.torch_name}: it {forecast.reason}",
+        why=f"the smallest strategy tried is: {smallest.describe()}",
+        remedy="; or ".join(helps) or "a smaller model, or a device with more memory: nothing that was tried alone is enough",
+    )
+
+
+def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> str:
+    """Where the verdict is tight: what would make it fit with room to spare; else nothing."""
+    if forecast.verdict != "tight":
+        return ""
+    helps = [
+        f"{words}: {_room(changed, forecast.process_bytes)}"
+        for words, changed in _forecasts(setting, strategy)
+        if changed.verdict == "fits"
+    ]
+    return f"to leave more room: {'; or '.join(helps)}" if helps else ""
+
+
+def _forecasts(setting: Setting, strategy: Strategy) -> Iterator[tuple[str, MemoryForecast]]:
+    for words, changed, other in _changes(setting, strategy):
+        yield words, forecast_of(changed, other)
+
+
+def _room(forecast: MemoryForecast, before: int | None) -> str:
+    """What is needed then, and how much less that is."""
+    assert forecast.process_bytes is not None, "a verdict comes with a number"
+    less = 0 if before is None else before - forecast.process_bytes
+    return format_bytes(forecast.process_bytes) + (f", saves {format_bytes(less)}" if less > 0 else "")
+
+
+def _changes(setting: Setting, strategy: Strategy) -> Iterator[Change]:
+    """Single changes that need less memory: first what costs nothing, then time, then precision, then what is trained or seen."""
+    job, precision = setting.job, setting.precision
+    if setting.machine.device.kind == "cuda" and not setting.expandable_segments:
+        expandable = dataclasses.replace(strategy, expandable_segments=True)
+        yield "strategy.expandable_segments=true", dataclasses.replace(setting, expandable_segments=True), expandable
+    if strategy.attention == "eager":
+        yield "strategy.attention=sdpa", setting, dataclasses.replace(strategy, attention="sdpa")
+    if strategy.micro_batch > 1 and job.strategy.micro_batch != "auto":  # else smaller ones were tried
+        yield "strategy.micro_batch=1", setting, dataclasses.replace(strategy, micro_batch=1)
+    if not strategy.recompute and job.strategy.recompute == "none" and setting.method.recompute:
+        yield "strategy.recompute=full", setting, dataclasses.replace(strategy, recompute=True)
+    for mode in {"float32": ("bf16-mixed", "bf16"), "bf16": ()}.get(precision.mode, ("bf16",)):
+        lower = Precision.of(mode)
+        changed = dataclasses.replace(setting, precision=lower)
+        yield f"precision={mode}", changed, dataclasses.replace(strategy, precision=lower)
+    if job.method == "full":
+        lora = dataclasses.replace(job, method="lora")
+        yield "method=lora", dataclasses.replace(setting, job=lora, method=traits(lora)), strategy
+    if job.method in ("full", "lora") and job.quantise is None:
+        qlora = dataclasses.replace(job, method="qlora", quantise=QuantiseJob())
+        yield "method=qlora", dataclasses.replace(setting, job=qlora, method=traits(qlora)), strategy
+    yield from _shorter(setting, strategy)
+
+
+def _shorter(setting: Setting, strategy: Strategy) -> Iterator[Change]:
+    """Half the length, the longer examples left out, where enough examples stay."""
+    lengths = setting.sets.train.lengths
+    longest = int(lengths.max())
+    half = [index for index, length in enumerate(lengths) if length <= longest // 2]
+    if len(half) < setting.job.training.global_batch:
+        return
+    sets = dataclasses.replace(setting.sets, train=setting.sets.train.take(half))
+    changed = dataclasses.replace(setting, sets=sets, order=batch_order(setting.job, sets))
+    yield f"data.max_length={longest // 2} with data.overlong=drop", changed, strategy
