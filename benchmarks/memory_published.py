@@ -77,6 +77,7 @@ def job_of(row: dict[str, str], folder: Path) -> dict[str, Any]:
         "machine": "T4-16GB",
         "strategy": {
             "micro_batch": batch,
+            "expandable_segments": False,
             "attention": row["attention"].removesuffix("-mem-efficient"),
             "recompute": "full" if row["grad_ckpt"].startswith("on") else "none",
         },

@@ -49,7 +49,7 @@ def trace_steps(
         tracker.follow(model, reduction)
         step = make_step(model)
         gradients = run_traced_step(tracker, step, batches, trained_tokens)
-        repeat_traced_step(tracker, step, gradients)
+        repeat_traced_step(tracker, step, batches, trained_tokens, gradients)
         tracker.close()
     return tracker.ledger
 
@@ -73,8 +73,14 @@ def run_traced_step(
     return gradients
 
 
-def repeat_traced_step(tracker: StorageTracker, step: TrainStep, gradients: dict[str, int]) -> None:
+def repeat_traced_step(
+    tracker: StorageTracker, step: TrainStep, batches: Sequence[Batch], trained_tokens: int, gradients: dict[str, int]
+) -> None:
     """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place."""
+    shared = len(set(gradients.values())) < len(gradients)  # gradients that share storages (FSDP2's do) cannot be put there
+    if shared or _happened_once(tracker.ledger):
+        run_traced_step(tracker, step, batches, trained_tokens, number=1)
+        return
     copies = tracker.repeat(f"step 1: {PASSES}", f"step 2: {PASSES}")
     for name, serial in gradients.items():
         parameter = step.parameters[name]
@@ -83,6 +89,23 @@ def repeat_traced_step(tracker: StorageTracker, step: TrainStep, gradients: dict
         tracker.adopt(parameter.grad, copies.pop(serial))
     _clip_and_update(tracker, step, number=1)
     tracker.release(copies.values())
+
+
+def _happened_once(ledger: Ledger) -> bool:
+    """Whether the first step's passes did what a second step's do not: left something alive when the step was over (outputs that
+    are held, a bias in another format for good), or freed what was there before."""
+    made: set[int] = set()
+    freed: set[int] = set()
+    early: set[int] = set()
+    for event in ledger.events:
+        passes = event.phase == f"step 1: {PASSES}"
+        if event.size_bytes < 0:
+            freed.add(event.storage)
+            if passes and event.storage not in made:
+                early.add(event.storage)
+        elif passes:
+            made.add(event.storage)
+    return bool(early or made - freed)
 
 
 def _clip_and_update(tracker: StorageTracker, step: TrainStep, *, number: int) -> None:
