@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sartor.api import load_job, plan, train
+    from sartor.api import load_job, plan, plan_inference, train
     from sartor.job import Job
     from sartor.machine import Machine, probe
     from sartor.plan import Plan, Strategy
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load_job": "sartor.api",
     "plan": "sartor.api",
+    "plan_inference": "sartor.api",
     "train": "sartor.api",
     "Job": "sartor.job",
     "Machine": "sartor.machine",
@@ -35,7 +36,21 @@ _HOMES = {
     "Run": "sartor.train",
 }
 
-__all__ = ["Job", "Machine", "Observer", "Plan", "Run", "Sampling", "Session", "Strategy", "load_job", "plan", "probe", "train"]
+__all__ = [
+    "Job",
+    "Machine",
+    "Observer",
+    "Plan",
+    "Run",
+    "Sampling",
+    "Session",
+    "Strategy",
+    "load_job",
+    "plan",
+    "plan_inference",
+    "probe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

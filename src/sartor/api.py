@@ -15,10 +15,12 @@ from typing import Any
 
 from sartor import job as jobs
 from sartor.data import DataSets, prepare
+from sartor.errors import JobError
 from sartor.job import Job
 from sartor.methods import traits
 from sartor.model import load_tokenizer, resolve
 from sartor.plan import Plan, make, max_length
+from sartor.plan.inference import InferencePlan, make_inference
 from sartor.report import write_report
 from sartor.serve import Judge
 from sartor.train import Observer, Run, fit, read_metrics
@@ -40,7 +42,21 @@ def plan(job: JobLike, overrides: Iterable[str] = ()) -> Plan:
 
     Raises UsageError (of which JobError, ModelError, DataError and DoesNotFit are kinds).
     """
-    return make(load_job(job, overrides))
+    loaded = load_job(job, overrides)
+    _require_data(loaded)
+    return make(loaded)
+
+
+def plan_inference(job: JobLike | None = None, overrides: Iterable[str] = ()) -> InferencePlan:
+    """Plan what the job's `inference` section asks for: memory of prompts and answers, and how long or how many they may be.
+
+    Needs no data, no weights and no accelerator; without a job everything is said in overrides. Raises UsageError as `plan` does.
+    """
+    if isinstance(job, Job):
+        return make_inference(job)
+    if isinstance(job, Mapping):
+        return make_inference(jobs.from_mapping({"inference": {}, **job}))
+    return make_inference(jobs.load(job, overrides, inference=True))
 
 
 def train(what: Plan | JobLike, *, resume: str | None = None, observers: Sequence[Observer] = ()) -> Run:
@@ -61,7 +77,13 @@ def train(what: Plan | JobLike, *, resume: str | None = None, observers: Sequenc
 def prepare_data(job: JobLike, overrides: Iterable[str] = ()) -> tuple[DataSets, Any]:
     """The job's data as the model sees it, and the tokenizer that made it. Raises DataError or ModelError."""
     loaded = load_job(job, overrides)
+    _require_data(loaded)
     source = resolve(loaded.model)
     tokenizer = load_tokenizer(loaded.model)
     longest = max_length(loaded, source, traits(loaded))
     return prepare(loaded, tokenizer, max_length=longest, vocab_size=source.vocab_size), tokenizer
+
+
+def _require_data(job: Job) -> None:
+    if not jobs.has_data(job):
+        raise JobError("`data` is missing: this job can only plan inference", remedy="give `data`, or plan with --inference")

@@ -41,6 +41,7 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file as well.")] = None,
+    inference: Annotated[bool, typer.Option("--inference", help="Plan answering instead of training; needs no data.")] = False,
 ) -> None:
     """Say what a job will need and how it would run; trains nothing."""
     import json
@@ -48,6 +49,9 @@ def plan(
     from sartor import api
     from sartor.report import show_plan, write_plan
 
+    if inference:
+        _plan_inference(job, overrides or [], as_json=as_json, html=html)
+        return
     made = api.plan(job, overrides or ())
     if as_json:
         typer.echo(json.dumps(made.to_mapping(), indent=1, ensure_ascii=False))
@@ -56,6 +60,24 @@ def plan(
     if html is not None:
         write_plan(made, html)
         typer.echo(f"written: {html}", err=as_json)
+
+
+def _plan_inference(job: Path, overrides: list[str], *, as_json: bool, html: Path | None) -> None:
+    """`JOB.yaml` may be left out: everything can be said in overrides."""
+    import json
+
+    from sartor import api
+    from sartor.errors import UsageError
+    from sartor.report import show_inference
+
+    if html is not None:
+        raise UsageError("--html shows plans of training", remedy="leave out --html or --inference")
+    bare = "=" in str(job) and not job.exists()
+    made = api.plan_inference(None, [str(job), *overrides]) if bare else api.plan_inference(job, overrides)
+    if as_json:
+        typer.echo(json.dumps(made.to_mapping(), indent=1, ensure_ascii=False))
+    else:
+        show_inference(made, _console())
 
 
 @app.command()

@@ -39,23 +39,31 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Job:
-    """The job in `path` with `a.b=c` overrides applied. Raises JobError, which says what to change."""
-    path = Path(path)
+def load(path: str | Path | None, overrides: Iterable[str] = (), *, inference: bool = False) -> Job:
+    """The job in `path` (None: nothing but overrides) with `a.b=c` overrides applied; `inference`: it needs no data.
+
+    Raises JobError, which says what to change.
+    """
+    text, source = ("{}", "command line") if path is None else (_text(Path(path)), str(path))
+    tree = _parse(text, source)
+    places = {key: f"{source}:{line}" for key, line in _key_lines(text).items()}
+    for override in overrides:
+        _apply(tree, override)
+        places[override.partition("=")[0]] = "command line"
+    if inference:
+        tree.setdefault("inference", {})
+    return from_mapping(tree, source=source, places=places)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise JobError(f"no job file at {path}", remedy="check the path; `sartor demo` writes one to start from") from None
     except UnicodeDecodeError as error:
         raise JobError(f"{path} is not UTF-8 text", why=str(error), remedy="save the file as UTF-8") from None
     except OSError as error:
         raise JobError(f"cannot read {path}", why=str(error)) from None
-    tree = _parse(text, str(path))
-    places = {key: f"{path}:{line}" for key, line in _key_lines(text).items()}
-    for override in overrides:
-        _apply(tree, override)
-        places[override.partition("=")[0]] = "command line"
-    return from_mapping(tree, source=str(path), places=places)
 
 
 def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mapping[str, str] | None = None) -> Job:
@@ -68,8 +76,11 @@ def from_mapping(tree: Mapping[str, Any], *, source: str = "job", places: Mappin
     if job.method == "peft" and job.peft is None:
         raise JobError(f"{source}: method peft needs a `peft` section", remedy="e.g. `peft: {peft_type: IA3}`")
     job = _with_quantisation(job, source)
+    if "data" not in tree and "inference" in tree:
+        return job
     if bool(job.data.path) == (job.data.synthetic is not None):
-        what = "both `data.path` and `data.synthetic` are given" if job.data.path else "`data.path` is missing"
+        missing = "`data.path` is missing" if "data" in tree else "`data` is missing"
+        what = "both `data.path` and `data.synthetic` are given" if job.data.path else missing
         raise JobError(
             f"{source}: {what}", remedy="give a file of examples, or `data: {synthetic: {length: 1024}}` to plan without"
         )
@@ -96,7 +107,14 @@ def _with_quantisation(job: Job, source: str) -> Job:
 def to_mapping(job: Job) -> dict[str, Any]:
     """The job as plain nested mappings: what `job.yaml` of a run holds. `from_mapping` reads it back equal."""
     tree = dataclasses.asdict(job)
+    if not has_data(job):
+        del tree["data"]
     return {key: value for key, value in tree.items() if value is not None or key not in ("peft", "quantise")}
+
+
+def has_data(job: Job) -> bool:
+    """Whether the job says what to train on; one that only plans inference need not."""
+    return bool(job.data.path) or job.data.synthetic is not None
 
 
 def to_yaml(job: Job) -> str:

@@ -208,11 +208,31 @@ class StrategyJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InferenceJob:
+    """Generation, for `sartor plan --inference`: how much memory answers take. Training ignores it."""
+
+    batch: int = option(1, "prompts answered at once", at_least=1)
+    prompt: int = option(1024, "tokens of the longest prompt", at_least=1)
+    answer: int = option(256, "tokens of an answer at most", at_least=1)
+    cache: Literal["dynamic", "static"] = option(
+        "dynamic",
+        "of keys and values: dynamic (grows with every token, transformers' default), static (full size from the start)",
+    )
+    padded: Literal["auto"] | bool = option(
+        "auto", "prompts differ in length, and an attention mask goes along; `auto`: where there are several"
+    )
+    sampling: bool = option(False, "draw tokens (temperature and top-p) instead of taking the likeliest")
+    dtype: Literal["auto"] | Dtype = option(
+        "auto", "format of the weights; `auto`: the one in the model's configuration, else bfloat16 (on a CPU float32)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """The whole job. Made by `sartor.job.load`."""
 
     model: ModelJob = required("which model")
-    data: DataJob = required("which data")
+    data: DataJob = option(DataJob, "which data; needed by all but plans of inference")
     method: Method = option(
         "lora",
         "which parameters train: full, lora, qlora (lora beside 4-bit weights), prefix (P-tuning v2), prompt, or any `peft` "
@@ -228,4 +248,5 @@ class Job:
     precision: PrecisionJob = option(PrecisionJob, "number formats")
     machine: MachineJob = option(MachineJob, "where to run")
     strategy: StrategyJob = option(StrategyJob, "how to run")
+    inference: InferenceJob = option(InferenceJob, "what `sartor plan --inference` plans for")
     output: str = option("runs/first", "folder for everything the run writes")

@@ -9,20 +9,22 @@ from sartor.report.terminal import show_machine, show_plan, show_run
 
 if TYPE_CHECKING:
     from sartor.report.html import write_report
+    from sartor.report.inference import show_inference
     from sartor.report.plan_page import write_plan
     from sartor.report.progress import Progress
 
-__all__ = ["Progress", "show_machine", "show_plan", "show_run", "write_plan", "write_report"]
+__all__ = ["Progress", "show_inference", "show_machine", "show_plan", "show_run", "write_plan", "write_report"]
 
 _LATE = {
     "Progress": "sartor.report.progress",
+    "show_inference": "sartor.report.inference",
     "write_plan": "sartor.report.plan_page",
     "write_report": "sartor.report.html",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """These need the training room or the template engine, which showing a plan on the terminal must not import."""
+    """These need the training room, the template engine or the plan of inference, which showing a plan must not import."""
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LATE[name]), name)

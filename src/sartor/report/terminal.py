@@ -29,6 +29,7 @@ _PART_STYLES = {
     "gradients": ("G", "dark_orange"),
     "optimizer": ("O", "medium_purple"),
     "activations": ("A", "dark_cyan"),
+    "cache": ("C", "gold3"),
 }
 _PART_STYLES |= {verdict: ("#", style) for verdict, style in VERDICT_STYLES.items()}
 _FREE, _FREE_STYLE = "·", "grey42"
