@@ -20,6 +20,7 @@ from sartor.model.regions import Reduction
 from sartor.predict.ledger import Ledger
 from sartor.predict.target import Target
 from sartor.predict.tracker import OUTSIDE, StorageTracker
+from sartor.predict.world import wrappers_watched
 from sartor.step import TensorBatch, TrainStep
 
 PASSES = "forward and backward"
@@ -41,8 +42,13 @@ def trace_steps(
     packed = any(_has_borders(batch) for batch in batches)
     tracker = StorageTracker(packed=packed, target=target)
     trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
-    with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker:
-        _materialise(model)
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    resizes = wrappers_watched(tracker) if sharded else contextlib.nullcontext()
+    with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), resizes, tracker:
+        if sharded:
+            model.to_empty(device="cpu")
+        else:
+            _materialise(model)
         tracker.mark([*model.parameters(), *model.buffers()], "weights")
         if reduction is not None:
             _tag_weights(tracker, model, reduction)

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch._guards import active_fake_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +42,10 @@ class StorageTracker(TorchDispatchMode):
         self._serials: dict[int, int] = {}
         self._count = 0
 
+    def __enter__(self) -> Self:
+        self._fake_mode = active_fake_mode()
+        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # the most frequent question, and it makes nothing
             return args[0].fake_device if _is_fake(args[0]) else func(*args)
@@ -58,13 +63,17 @@ class StorageTracker(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         scratch = self._target.transient_bytes(func, args)
-        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and not self._is_foreign(leaf)]
         units = self._units_of_results(args, len(leaves)) if self._by_parameter else None
         for place, leaf in enumerate(leaves):
             self.see(leaf, unit=units[place] if units else None)
         if scratch:
             self._note_scratch(scratch)
         return result
+
+    def _is_foreign(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a fake tensor of somebody else's (DTensor asks for shapes that way): it has no memory."""
+        return _is_fake(tensor) and tensor.fake_mode is not self._fake_mode  # type: ignore[attr-defined]
 
     def see(self, tensor: torch.Tensor, *, unit: int | None = None) -> int:
         """Note the tensor's storage, if it is new; return its serial number in the ledger."""
@@ -81,6 +90,18 @@ class StorageTracker(TorchDispatchMode):
         self._sizes[key], self._serials[key], self._units[key] = storage.nbytes(), serial, unit
         self._created[key] = len(self.ledger.events)
         weakref.finalize(storage, self._free, key)
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        """A storage that is known has another size now."""
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key not in self._sizes:
+            self.see(tensor)
+            return
+        change = storage.nbytes() - self._sizes[key]
+        if change:
+            self._sizes[key] = storage.nbytes()
+            self._append(self._serials[key], change, self._unit if self._unit != OUTSIDE else self._units[key])
 
     def begin(self, phase: str, *, by_parameter: bool = False) -> None:
         """A new phase; no module of the last one runs on. `by_parameter`: it goes through parameters, not through modules."""
@@ -153,11 +174,11 @@ class StorageTracker(TorchDispatchMode):
             for tag, layers in reduction.units.items():
                 layers[0].register_forward_pre_hook(lambda *_, tag=tag: self._enter(tag), prepend=True)
                 for layer in layers:
-                    layer.register_forward_hook(lambda _, inputs, output, tag=tag: self._watch(output, tag))
+                    layer.register_forward_hook(lambda _, inputs, output, tag=tag: self._watch(output, tag), prepend=True)
                 if not reduction.continues(tag):  # what follows on a unit belongs to it, until another one begins
                     layers[-1].register_forward_hook(lambda *_: self._leave_units())
             for layer in reduction.singles:
-                layer.register_forward_hook(lambda _, inputs, output: self._watch(output, OUTSIDE))
+                layer.register_forward_hook(lambda _, inputs, output: self._watch(output, OUTSIDE), prepend=True)
         for path, module in model.named_modules():
             if path:
                 module.register_forward_pre_hook(lambda *_, path=path: self._modules.append(path))

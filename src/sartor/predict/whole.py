@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sartor.data.pack import Batch
 from sartor.job.schema import Job
@@ -11,11 +12,16 @@ from sartor.methods import trained_parameters, traits
 from sartor.methods.adapters import peft_config
 from sartor.model import ModelSource, skeleton
 from sartor.model.regions import Reduction, reduce_depth
+from sartor.parallel import Layout, parallelise
 from sartor.predict.ledger import Ledger
 from sartor.predict.repeat import NotRepeatable, expand
 from sartor.predict.target import Target
 from sartor.predict.trace import trace_steps
+from sartor.predict.world import fake_world
 from sartor.step import Precision, make_step, make_trainable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")
 _LAYER_LISTS = ("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices")
@@ -30,27 +36,36 @@ def trace_job(
     precision: Precision,
     recompute: bool,
     attention: str | None,
+    layout: Layout | None = None,
 ) -> Ledger:
     """Two steps of the job over these micro-batches. Layers that repeat are traced a few times and repeated; where that cannot
-    be (their traces differ, or the method treats layers by their number), the whole model is traced."""
+    be (their traces differ, or the method treats layers by their number), the whole model is traced. Over several devices the
+    ledger is that of rank 0, which holds the largest part where parts differ."""
+    layout = layout or Layout()
+    reduce_once = layout.zero == 1 and layout.data > 1
+    if layout.data > 1:
+        layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
 
-    def traced(*, shortened: bool) -> Ledger:
+    def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
         model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
         reduction = reduce_depth(model) if shortened else Reduction()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
+        if mesh is not None:
+            parallelise(model, mesh, layout)
         ledger = trace_steps(
             model,
-            lambda fake: make_step(fake, job, precision, device_kind="cpu"),
+            lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once),
             batches,
             target=target,
             reduction=reduction,
         )
         return expand(ledger, reduction)
 
-    try:
-        return traced(shortened=treats_layers_alike(job))
-    except NotRepeatable:
-        return traced(shortened=False)
+    with fake_world(layout) as mesh:
+        try:
+            return traced(mesh, shortened=treats_layers_alike(job))
+        except NotRepeatable:
+            return traced(mesh, shortened=False)
 
 
 def count_trained(job: Job, source: ModelSource, precision: Precision) -> int:

@@ -32,8 +32,8 @@ def make_trainable(
     return model
 
 
-def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: str) -> TrainStep:
-    """The optimizer step of a trainable model."""
+def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: str, reduce_once: bool = False) -> TrainStep:
+    """The optimizer step of a trainable model. `reduce_once`: a sharded model's gradients, after the last micro-batch only."""
     parameters = trained_parameters(model)
     return TrainStep(
         model,
@@ -43,4 +43,5 @@ def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: 
         device_kind=device_kind,
         clip_norm=job.training.clip_norm,
         loss=job.training.loss,
+        reduce_once=reduce_once,
     )

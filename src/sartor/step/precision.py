@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,10 @@ class Precision:
     def needs_loss_scaling(self) -> bool:
         """Whether gradients are computed in float16, which underflows without a loss scale."""
         return "float16" in (self.trained, self.compute) or (self.compute == "as-stored" and self.weights == "float16")
+
+    def gathered(self) -> Precision:
+        """The same where FSDP2 gathers weights in the format of the arithmetic: autocast has nothing left to do."""
+        return dataclasses.replace(self, compute="as-stored")
 
     def describe(self) -> str:
         if self.mode != "mixed":

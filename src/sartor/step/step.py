@@ -35,10 +35,12 @@ class TrainStep:
         device_kind: str,
         clip_norm: float,
         loss: str = "sartor",
+        reduce_once: bool = False,
     ) -> None:
         self.model, self.parameters, self.optimizer = model, parameters, optimizer
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
         self.loss = SumLoss(model, kind=loss)
+        self.reduce_once = reduce_once
 
     def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
         """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all)."""
@@ -48,7 +50,9 @@ class TrainStep:
     def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int) -> list[Tensor]:
         """Forward and backward passes; the summed loss of every micro-batch."""
         losses = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if self.reduce_once:
+                self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
             with self.precision.autocast(self.device_kind):
                 loss = self.loss(self.model, batch)
             (loss / trained_tokens).backward()

@@ -1,0 +1,44 @@
+"""How a model is laid out over devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the mesh, outermost first: pipeline stages, replicas, shards, tensor parallel ranks. One device by default."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    """Copies of everything, gradients averaged among them (HSDP where there are shards as well)."""
+    shard: int = 1
+    """Devices that share one copy of what `zero` says."""
+    tensor: int = 1
+    zero: int = 3
+    """Of the shards: 1 optimizer state, 2 gradients as well, 3 weights as well (FSDP2 with resharding after forward)."""
+    sequence: bool = False
+    """Sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198): between tensor parallel regions, tokens are sharded."""
+    schedule: str = "1f1b"
+    """Of the pipeline: gpipe or 1f1b."""
+    gather: str = "as-stored"
+    """Format in which FSDP2 gathers weights; gradients are reduced in float32 where it is a smaller one."""
+
+    @property
+    def devices(self) -> int:
+        return self.pipeline * self.replicate * self.shard * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Ranks that see different examples."""
+        return self.replicate * self.shard
+
+    def describe(self) -> str:
+        """In a few words; nothing for a single device."""
+        parts = [
+            f"ZeRO-{self.zero} over {self.shard}" if self.shard > 1 else "",
+            f"{self.replicate} replicas" if self.replicate > 1 else "",
+            f"tensor parallel {self.tensor}{' with sequence parallelism' if self.sequence else ''}" if self.tensor > 1 else "",
+            f"{self.pipeline} pipeline stages ({self.schedule})" if self.pipeline > 1 else "",
+        ]
+        return ", ".join(part for part in parts if part)

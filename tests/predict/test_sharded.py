@@ -1,0 +1,161 @@
+"""Per rank, the forecast of sharded training is what real ranks count: plain PyTorch FSDP2 over gloo, written here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import nn
+
+from sartor.data.pack import IGNORE
+from sartor.errors import JobError
+from sartor.job import from_mapping
+from sartor.machine import Device
+from sartor.model import skeleton
+from sartor.parallel import Layout
+from sartor.predict import StorageTracker
+from sartor.predict.target import Target
+from sartor.predict.whole import trace_job
+from sartor.predict.world import fake_world, wrappers_watched
+from sartor.step import Precision, TensorBatch
+
+from .test_repeat import batches, source
+
+CPU = Target.of(Device(kind="cpu", index=0, name="cpu", total_bytes=1, available_bytes=1))
+STEPS = 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def lora(model: nn.Module) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def worker(rank: int, world: int, port: int, case: dict[str, Any], folder: str) -> None:
+    """One rank: shard, two steps of AdamW with clipping, and the storage tracker's peak."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"tcp://127.0.0.1:{port}")
+    mixed = case["mode"] == "bf16-mixed"
+    frozen = torch.bfloat16 if mixed and case["method"] == "lora" else torch.float32
+    model = skeleton(source(case["kind"]), dtype=frozen).train()
+    layers = model.get_submodule("transformer.h" if case["kind"] == "gpt2" else "model.layers")
+    if case["method"] == "lora":
+        with torch.device("meta"):
+            model = lora(model)
+    if case["recompute"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+    mesh = init_device_mesh("cpu", (world,))
+    reshard = case["zero"] == 3
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if reshard else False, mp_policy=policy)
+    tracker = StorageTracker()
+    with wrappers_watched(tracker), tracker:
+        model.to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracker.see(tensor)
+            if tensor.is_floating_point():
+                nn.init.normal_(getattr(tensor, "_local_tensor", tensor), std=0.02)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-4, fused=True)
+        for _ in range(STEPS):
+            on_device = [TensorBatch.of(batch, "cpu") for batch in batches(case["micro_batches"])]
+            for number, batch in enumerate(on_device):
+                if case["zero"] == 1:
+                    model.set_requires_gradient_sync(number == len(on_device) - 1)
+                logits = model(
+                    input_ids=batch.input_ids_RT,
+                    **({} if batch.position_ids_RT is None else {"position_ids": batch.position_ids_RT}),
+                    use_cache=False,
+                    logits_to_keep=batch.kept_K,
+                ).logits.float()
+                targets = batch.targets_RT[:, batch.kept_K].flatten()
+                loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+                del logits
+                (loss / 100).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        tracker.close()
+    dist.destroy_process_group()
+    peak = tracker.ledger.peak()
+    Path(folder, f"{rank}.json").write_text(json.dumps({"bytes": peak.total_bytes, "phase": peak.phase}), encoding="utf-8")
+
+
+@functools.cache
+def measured(items: tuple[tuple[str, Any], ...], world: int, folder: Path) -> list[int]:
+    """Peak of every rank."""
+    torch.multiprocessing.spawn(worker, args=(world, free_port(), dict(items), str(folder)), nprocs=world)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))["bytes"] for rank in range(world)]
+
+
+CASES = [
+    {"world": 2, "zero": 3, "kind": "llama", "method": "full", "mode": "float32", "recompute": False, "micro_batches": 1},
+    {"world": 4, "zero": 3, "kind": "llama", "method": "full", "mode": "bf16-mixed", "recompute": True, "micro_batches": 2},
+    {"world": 2, "zero": 3, "kind": "llama", "method": "lora", "mode": "bf16-mixed", "recompute": False, "micro_batches": 1},
+    {"world": 4, "zero": 2, "kind": "llama", "method": "full", "mode": "float32", "recompute": False, "micro_batches": 2},
+    {"world": 2, "zero": 2, "kind": "gpt2", "method": "full", "mode": "bf16-mixed", "recompute": True, "micro_batches": 1},
+    {"world": 2, "zero": 1, "kind": "llama", "method": "full", "mode": "bf16-mixed", "recompute": False, "micro_batches": 2},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_each_rank_counts_what_was_forecast(case: dict[str, Any], tmp_path: Path) -> None:
+    job = from_mapping({"model": "unused", "data": "unused", "method": case["method"]})
+    ledger = trace_job(
+        job,
+        source(case["kind"]),
+        batches(case["micro_batches"]),
+        CPU,
+        precision=Precision.of(case["mode"]),
+        recompute=case["recompute"],
+        attention=None,
+        layout=Layout(shard=case["world"], zero=case["zero"]),
+    )
+    forecast = ledger.peak().total_bytes
+    items = tuple((key, value) for key, value in case.items() if key != "world")
+    for peak in measured(items, case["world"], tmp_path):
+        assert forecast == pytest.approx(peak, rel=0.01)
+
+
+def test_a_shard_of_everything_is_smaller_than_everything() -> None:
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
+    options: dict[str, Any] = {"precision": Precision.of("float32"), "recompute": False, "attention": None}
+    peaks = [
+        trace_job(job, source("llama"), batches(1), CPU, **options, layout=Layout(shard=devices, zero=3))
+        .peak()
+        .by_kind["optimizer"]
+        for devices in (1, 2, 8)
+    ]
+    assert peaks[1] == pytest.approx(peaks[0] / 2, rel=0.01)
+    assert peaks[2] == pytest.approx(peaks[0] / 8, rel=0.01)
+
+
+def test_no_second_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(JobError, match="inside a distributed run"), fake_world(Layout(shard=2)):
+        pass
