@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sartor.predict.heap import COMPANIONS, HeapConfig, Malloc, forecast_heap, repeat_last_step, replay_heap
+from sartor.predict.heap import COMPANIONS, HEADERS, HeapConfig, Malloc, forecast_heap, repeat_last_step, replay_heap
 from sartor.predict.heap_state import _chunks, process_heap
 from sartor.predict.ledger import Event, Ledger
 
@@ -144,12 +144,62 @@ def test_free_chunks_of_the_process_are_used_first() -> None:
     assert replay_heap(_events(5 * MIB), settled).peak_resident_bytes >= 5 * MIB
 
 
+def _steps(count: int, blocks: int) -> list[Event]:
+    """Steps whose blocks make two temporaries and one storage for the backward pass each."""
+    events, storage = [], 0
+    for number in range(count):
+        phase, kept = f"step {number + 1}: x", []
+        for _ in range(blocks):
+            sizes = {storage: 900_000, storage + 1: 2_500_000, storage + 2: 1_200_000}
+            events += [Event(storage=key, size_bytes=size, phase=phase) for key, size in sizes.items()]
+            events += [Event(storage=key, size_bytes=-sizes[key], phase=phase) for key in (storage, storage + 1)]
+            kept.append(storage + 2)
+            storage += 3
+        for key in reversed(kept):
+            events.append(Event(storage=storage, size_bytes=700_000, phase=phase))
+            events.append(Event(storage=key, size_bytes=-1_200_000, phase=phase))
+            events.append(Event(storage=storage, size_bytes=-700_000, phase=phase))
+            storage += 1
+    return events
+
+
 def test_small_objects_between_storages_hold_the_heap_apart() -> None:
-    events = [event for n in range(20) for event in (Event(storage=n, size_bytes=MIB, phase="step 1: x"),)]
-    events += [Event(storage=n, size_bytes=-MIB, phase="step 1: x") for n in range(0, 20, 2)]
-    settled = HeapConfig(mmap_threshold_bytes=32 * MIB, companion_bytes=COMPANIONS)
-    events += [Event(storage=100, size_bytes=4 * MIB, phase="step 1: x")]
-    assert replay_heap(events, settled).slack_bytes > 3 * MIB
+    settled = HeapConfig(mmap_threshold_bytes=32 * MIB, trim_threshold_bytes=64 * MIB)
+    events = _steps(4, blocks=30)
+    alone = replay_heap(events, settled)
+    assert alone.peak_live_bytes < alone.peak_resident_bytes
+    for seed in range(3):
+        assert replay_heap(events, settled, seed=seed).peak_resident_bytes > 1.2 * alone.peak_resident_bytes
+
+
+def _small_requests(monkeypatch: pytest.MonkeyPatch, events: list[Event]) -> list[int]:
+    asked: list[int] = []
+    malloc = Malloc.malloc
+    monkeypatch.setattr(Malloc, "malloc", lambda heap, size: asked.append(size) or malloc(heap, size))
+    replay_heap(events, seed=1)
+    return asked
+
+
+def test_companions_follow_how_long_a_storage_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 400
+    build = [Event(storage=n, size_bytes=4096, phase="build") for n in range(count)]
+    assert len(_small_requests(monkeypatch, build)) == sum(HEADERS.values()) * count
+    passing = []
+    for n in range(count):
+        passing += [Event(storage=n, size_bytes=size, phase="step 1: x") for size in (4096, -4096)]
+    kept = [Event(storage=n, size_bytes=4096, phase="step 1: x") for n in range(count)]
+    kept += [Event(storage=n, size_bytes=-4096, phase="step 1: x") for n in range(count)]
+    for events, least in ((passing, 1), (kept, 100)):
+        with monkeypatch.context() as patch:
+            asked = len(_small_requests(patch, events)) / count
+        share = 1 if least == 1 else 0.75  # the last hundred do not outlive a hundred others
+        lower = 0 if least == 1 else 0.25 * sum(COMPANIONS[10].values())
+        assert asked == pytest.approx(share * sum(COMPANIONS[least].values()) + lower, rel=0.05)
+
+
+def test_a_replay_is_the_same_twice() -> None:
+    events = _stream(3, 400, 2000, 3_000_000)
+    assert replay_heap(events, seed=4) == replay_heap(events, seed=4)
 
 
 @given(st.integers(0, 1000))

@@ -5,10 +5,11 @@ memory exceeds the live tensors by the free chunks between them: chunks below ma
 while a program runs, come from one heap that shrinks only at its end. `heap_malloc.py` is that allocator, `heap_state.py` what
 it holds already.
 
-Given every request, the replay is exact. A ledger knows storages only; the small objects that C++ keeps beside them (tensor and
-storage headers, autograd's nodes) are pinned between them and hold the heap apart: `COMPANIONS` stands for them. Where each one
-falls is chance, also in reality: the same job twice differs by 1 to 4 % (with LoRA: by more), so `forecast_heap` averages a few
-replays. It is too low for LoRA, whose many small nodes it does not know. Fixed thresholds would avoid all this (dev/LOG.md).
+For storages alone the replay is exact. Beside them C++ keeps small objects that no ledger knows (tensor and storage headers,
+autograd's nodes); they are pinned between storages and hold the heap apart: a LoRA run of 1,060 MiB would have needed 640.
+`COMPANIONS` says how many there are of each size. Where each one falls is chance, also in reality, and best fit amplifies it: the
+same stream of requests, replayed by glibc itself from another state, peaked 5 % higher or lower. So `forecast_heap` draws them at
+random and averages a few replays.
 
 Assumed: glibc (not a preloaded jemalloc, and no THP_MEM_ALLOC_ENABLE); storages are written fully; all are made in one thread,
 as forward, CPU backward and optimizer are. Not seen: buffers that a kernel makes inside itself.
@@ -17,6 +18,7 @@ as forward, CPU backward and optimizer are. Not seen: buffers that a kernel make
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +26,29 @@ from dataclasses import dataclass
 from sartor.predict.heap_malloc import Chunk, HeapConfig, Malloc
 from sartor.predict.ledger import Event, Ledger
 
-__all__ = ["COMPANIONS", "Heap", "HeapConfig", "Malloc", "forecast_heap", "repeat_last_step", "replay_heap"]
+__all__ = ["LOADED_BYTES", "Heap", "HeapConfig", "Malloc", "forecast_heap", "repeat_last_step", "replay_heap"]
 
-COMPANIONS = (16, 24, 176, 96)
-"""What PyTorch 2.13 requests beside a storage: counted by a preloaded malloc over a training step, every tensor that outlived the
-step had one request each of 24, 96 (`StorageImpl`) and 176 bytes (`TensorImpl`); of those that outlived ten others inside it,
-the most frequent were 16 bytes (autograd). One of each is a choice: of some twenty such mixtures tried on five profiled runs
-(none is in benchmarks/memory_cpu.py) it came closest; the counted rates themselves came out lower than those runs."""
+LOADED_BYTES = 15 * 2**20
+"""What a process grows by beside its heap until its second step: pages of PyTorch's kernels that are read when they first run
+(8 MiB in float32, 13 in bfloat16), and buffers of MKL and of threads (2 to 6). Measured on four models, 12 to 18 MiB; none is in
+benchmarks/memory_cpu.py."""
+
+HEADERS = {24: 1.0, 96: 1.0, 176: 1.0}
+"""What a weight comes with: a context, a `StorageImpl`, a `TensorImpl`."""
+
+COMPANIONS = {
+    1: {24: 2.72, 184: 2.02, 104: 1.58, 72: 0.86, 40: 0.62, 312: 0.49, 56: 0.32, 520: 0.29},
+    10: {24: 2.85, 184: 1.65, 104: 1.03, 40: 0.64, 312: 0.27, 56: 0.24, 488: 0.21, 136: 0.11, 536: 0.1},
+    100: {24: 12.27, 184: 2.14, 40: 1.98, 488: 1.11, 104: 1.04, 472: 0.8, 312: 0.59, 648: 0.41, 744: 0.39, 536: 0.32, 520: 0.3},
+}
+"""Small requests (bytes: how many) beside a storage of a step in whose lifetime at least so many are made. Counted, not fitted: a
+preloaded malloc recorded the second step of four models under PyTorch 2.13 (two full, LoRA, recomputation; none of them is in
+benchmarks/memory_cpu.py); objects and storages were sorted by how many storages are made while they live, and the one number
+divided by the other. The four agree within a tenth for the first class; for the last, autograd's nodes, there are 19, 19, 21 and
+(recomputation, which keeps few storages) 34."""
 
 _STEPS = 3
-_REPLAYS = len(COMPANIONS)
-"""Each begins with another companion."""
+_REPLAYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +74,17 @@ def forecast_heap(ledger: Ledger, config: HeapConfig | None = None) -> Heap:
     """
     config = config or HeapConfig()
     events = repeat_last_step(ledger.events, times=_STEPS - 2)
-    orders = [COMPANIONS[number:] + COMPANIONS[:number] for number in range(_REPLAYS)]
-    found = [replay_heap(events, dataclasses.replace(config, companion_bytes=order)) for order in orders]
+    found = [replay_heap(events, config, seed=number) for number in range(_REPLAYS)]
     mean = sum(heap.peak_resident_bytes for heap in found) // _REPLAYS
     typical = min(found, key=lambda heap: abs(heap.peak_resident_bytes - mean))
     return dataclasses.replace(typical, peak_resident_bytes=mean)
 
 
-def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = None) -> Heap:
-    """Resident bytes that a ledger's storages add under glibc's malloc, exactly as they come."""
+def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = None, *, seed: int | None = None) -> Heap:
+    """Resident bytes that a ledger's storages add under glibc's malloc; with companions where there is a seed to draw them by."""
     events = ledger.events if isinstance(ledger, Ledger) else ledger
     heap = Malloc(config)
-    companions = heap.config.companion_bytes
+    companions = _Companions(events, seed) if seed is not None else None
     chunks: dict[int, list[Chunk]] = {}
     live = peak_live = peak = at = 0
     for place, event in enumerate(events):
@@ -80,7 +93,7 @@ def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = No
             for chunk in chunks.pop(event.storage):
                 heap.free(chunk)
         elif event.size_bytes > 0:  # an empty tensor has no memory
-            held = [heap.malloc(size) for size in companions]
+            held = [heap.malloc(size) for size in companions.of(event)] if companions else []
             chunks[event.storage] = [heap.memalign(event.size_bytes), *held]
             peak_live = max(peak_live, live)
             resident = heap.resident_bytes
@@ -93,6 +106,36 @@ def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = No
         final_resident_bytes=heap.resident_bytes,
         peak_live_bytes=peak_live,
     )
+
+
+class _Companions:
+    """Draws the small requests that come just before a storage and live as long as it."""
+
+    def __init__(self, events: Sequence[Event], seed: int) -> None:
+        self._random = random.Random(seed)
+        self._outlives = _outlived(events)
+
+    def of(self, event: Event) -> list[int]:
+        outlived = self._outlives.get(event.storage, max(COMPANIONS))
+        rates = HEADERS if event.phase == "build" else COMPANIONS[max(least for least in COMPANIONS if least <= max(outlived, 1))]
+        draw = self._random.random
+        sizes = [size for size, rate in rates.items() for _ in range(int(rate) + (draw() < rate % 1))]
+        self._random.shuffle(sizes)
+        return sizes
+
+
+def _outlived(events: Sequence[Event]) -> dict[int, int]:
+    """How many storages are made while one lives, itself among them; none is said of those that never die."""
+    made = 0
+    born: dict[int, int] = {}
+    result = {}
+    for event in events:
+        if event.size_bytes > 0:
+            born[event.storage] = made
+            made += 1
+        elif event.size_bytes < 0:
+            result[event.storage] = made - born.pop(event.storage)
+    return result
 
 
 def repeat_last_step(events: Sequence[Event], *, times: int) -> list[Event]:

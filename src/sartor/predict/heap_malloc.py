@@ -43,7 +43,6 @@ class HeapConfig:
     trim_threshold_bytes: a top chunk from here on is given back (`DEFAULT_TRIM_THRESHOLD`), less `top_pad_bytes`
     (`DEFAULT_TOP_PAD`), by which the heap also grows.
     free_chunks: sizes of chunks that are free, and resident, at the start; none touches another.
-    companion_bytes: small requests made just before each storage, alive as long as it.
     """
 
     mmap_threshold_bytes: int = 128 * 1024
@@ -54,7 +53,6 @@ class HeapConfig:
     alignment: int = 64
     page_bytes: int = 4096
     free_chunks: tuple[int, ...] = ()
-    companion_bytes: tuple[int, ...] = ()
 
 
 class Chunk:

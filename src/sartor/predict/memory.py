@@ -16,7 +16,7 @@ from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
 from sartor.model import ModelSource
 from sartor.predict.allocator import AllocatorConfig, Reserved, replay
-from sartor.predict.heap import forecast_heap
+from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Peak
 from sartor.predict.target import Target
@@ -39,8 +39,9 @@ class MemoryForecast:
     Four numbers that are often confused. `allocated_bytes`: tensors as the step allocates them (`peak` has their parts).
     `active_bytes`: with rounding, and with blocks that wait for a stream. `reserved_bytes`: what PyTorch's allocator has taken
     from the driver. `process_bytes`: what the system shows for the process. On a CPU the allocator is glibc's heap: active and
-    reserved are None, and the process is what that heap makes of the tensors, on top of what the process holds already
-    (`baseline_bytes`, measured now). On an accelerator `baseline_bytes` is the driver's context.
+    reserved are None, and the process is what that heap makes of the tensors, on top of what the process holds already, measured
+    now, and what libraries load when they first compute (`baseline_bytes`). On an accelerator `baseline_bytes` is the driver's
+    context.
     """
 
     verdict: Verdict
@@ -125,8 +126,8 @@ def forecast_memory(
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     # Measured after tracing: by then the libraries that training needs are loaded.
-    baseline = resident_bytes() if machine.device.kind == "cpu" else target.context_bytes
-    own = baseline if machine.device.kind == "cpu" else 0
+    own = resident_bytes() if machine.device.kind == "cpu" else 0
+    baseline = own + LOADED_BYTES if machine.device.kind == "cpu" else target.context_bytes
     available = min(machine.device.available_bytes + own, machine.device.total_bytes)
     share = TIGHT_SHARE.get(target.kind, OTHERWISE_TIGHT)
     known: dict[str, Any] = {"baseline_bytes": baseline, "available_bytes": available, "tight_share": share}
