@@ -267,6 +267,13 @@ def test_a_model_that_cannot_be_traced_is_not_called_fitting(job: dict[str, Any]
     assert plan.longest_prompt is None
 
 
+def test_a_model_without_a_cache_is_said_to_be_one(job: dict[str, Any], tmp_path: Path) -> None:
+    config_of("llama", use_cache=False, max_position_embeddings=100).save_pretrained(tmp_path / "off")
+    plan = make_inference(from_mapping({**job, "model": f"{tmp_path}/off/config.json"}))
+    assert plan.forecast.cache_bytes == 0
+    assert "`use_cache` is off" in plan.notes[0]
+
+
 def test_the_prompt_must_leave_room_for_the_answer(job: dict[str, Any]) -> None:
     job["inference"] |= {"prompt": 120}
     with pytest.raises(JobError, match="128 positions") as refused:

@@ -90,7 +90,7 @@ def make_inference(job: Job, machine: Machine | None = None) -> InferencePlan:
         longest_prompt=_longest_prompt(forecaster, request, limit) if known else None,
         largest_batch=_largest_batch(forecaster, job, request, LARGEST_BATCH) if known else None,
         position_limit=source.max_positions,
-        notes=(*notes, *_allocator_note(forecast)),
+        notes=(*notes, *_cache_note(source, forecast), *_allocator_note(forecast)),
     )
 
 
@@ -175,6 +175,12 @@ def _largest_batch(forecaster: InferenceForecaster, job: Job, request: Request, 
     return forecaster.largest(
         lambda size: dataclasses.replace(request, batch=size, padded=_padded(job, size)), request.batch, limit
     )
+
+
+def _cache_note(source: ModelSource, forecast: InferenceForecast) -> Iterator[str]:
+    if not forecast.cache_bytes and forecast.memory.peak is not None:
+        reason = "" if getattr(source.config, "use_cache", True) else ": `use_cache` is off in its configuration"
+        yield f"no cache of keys and values was found, every token goes through the whole text again{reason}"
 
 
 def _allocator_note(forecast: InferenceForecast) -> Iterator[str]:
