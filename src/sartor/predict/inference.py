@@ -15,7 +15,7 @@ from sartor.machine.memory import resident_bytes
 from sartor.model.regions import Reduction
 from sartor.predict.allocator import AllocatorConfig, replay
 from sartor.predict.generation import CACHE, GenerationTracer, Request
-from sartor.predict.heap import forecast_heap
+from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger
 from sartor.predict.memory import _NOTHING, OTHERWISE_TIGHT, TIGHT_SHARE, MemoryForecast, _has_glibc, _judge
@@ -142,8 +142,9 @@ class InferenceForecaster:
         """What the process holds already, what there is, and from which share on it is tight."""
         device = self._machine.device
         on_cpu = device.kind == "cpu"
-        baseline = resident_bytes() if on_cpu else self._target.context_bytes
-        available = min(device.available_bytes + (baseline if on_cpu else 0), device.total_bytes)
+        own = resident_bytes() if on_cpu else 0
+        baseline = own + LOADED_BYTES if on_cpu else self._target.context_bytes
+        available = min(device.available_bytes + own, device.total_bytes)
         return {"baseline_bytes": baseline, "available_bytes": available, "tight_share": self._share}
 
     def _runs(self, ledger: Ledger, room_bytes: int) -> bool:
