@@ -205,6 +205,20 @@ class StrategyJob:
         "let the segments of PyTorch's CUDA allocator grow, so that varying lengths do not fragment it; `auto`: yes, unless "
         "PYTORCH_ALLOC_CONF says otherwise",
     )
+    zero: Literal["auto"] | int = option(
+        "auto",
+        "what the devices of `shard` share: 1 optimizer state, 2 gradients as well, 3 weights as well (FSDP2)",
+        at_least=1,
+        at_most=3,
+    )
+    shard: Literal["auto"] | int = option(
+        "auto", "devices that share a copy; default: all that the other sizes leave", at_least=1
+    )
+    replicate: int = option(1, "copies of that, gradients averaged among them", at_least=1)
+    tensor: int = option(1, "tensor parallel ranks: devices that compute every layer together", at_least=1)
+    sequence: bool = option(False, "sequence parallelism: between the layers' products, tensor parallel ranks share the tokens")
+    pipeline: int = option(1, "pipeline stages: devices that hold different layers", at_least=1)
+    schedule: Literal["1f1b", "gpipe"] = option("1f1b", "order of the pipeline's micro-batches")
 
 
 @dataclass(frozen=True, kw_only=True)

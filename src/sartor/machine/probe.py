@@ -45,8 +45,16 @@ class Machine:
     threads: int
     instruction_sets: tuple[str, ...]
     """Those that matter to matrix products: avx2, avx512f, avx512_bf16, amx_bf16 …"""
+    nodes: int = 1
+    devices_per_node: int = 1
+    """Equal devices that a job may use, `device` being one of them. More than one only where a catalogue's machine has them."""
     elsewhere: str = ""
     """The catalogue's name of a machine that is not this one: plans are made for it, nothing runs on it."""
+
+    @property
+    def devices(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.devices_per_node
 
 
 def probe(wanted: MachineJob | None = None) -> Machine:
@@ -71,16 +79,10 @@ def probe(wanted: MachineJob | None = None) -> Machine:
 
 
 def _from_catalogue(wanted: MachineJob) -> Machine:
-    """A machine by name, as `sartor plan` sees it. Raises JobError for unknown names and for several devices."""
+    """A machine by name, as `sartor plan` sees it. Raises JobError for unknown names and kinds of devices."""
     from sartor.machine.catalogue import lookup
 
     model = lookup(wanted.name)
-    if model.devices > 1:
-        raise JobError(
-            f"machine {wanted.name!r} has {model.devices} devices",
-            why="this version plans for one device",
-            remedy=f"machine={model.device.name}",
-        )
     kind = {"hip": "cuda"}.get(model.device.kind, model.device.kind)
     if kind != "cuda":
         raise JobError(
@@ -101,6 +103,8 @@ def _from_catalogue(wanted: MachineJob) -> Machine:
         cores=1,
         threads=1,
         instruction_sets=(),
+        nodes=model.nodes,
+        devices_per_node=model.devices_per_node,
         elsewhere=model.name,
     )
 

@@ -33,6 +33,11 @@ class Layout:
         """Ranks that see different examples."""
         return self.replicate * self.shard
 
+    @property
+    def communicators(self) -> int:
+        """Groups of ranks to which one rank belongs."""
+        return sum(size > 1 for size in (self.pipeline, self.replicate, self.shard, self.tensor))
+
     def describe(self) -> str:
         """In a few words; nothing for a single device."""
         parts = [

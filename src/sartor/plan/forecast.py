@@ -18,6 +18,7 @@ def forecast_of(setting: Setting, strategy: Strategy) -> MemoryForecast:
         precision=setting.precision,
         recompute=strategy.recompute,
         attention=strategy.attention,
+        layout=strategy.layout,
         expandable_segments=strategy.expandable_segments,
     )
-    return with_drift(setting, strategy, forecast)
+    return with_drift(setting, strategy, forecast) if strategy.layout.devices == 1 else forecast

@@ -103,7 +103,14 @@ def forecast_inference(job: Job, machine: Machine | None = None) -> InferenceFor
 def _place(job: Job, machine: Machine | None) -> tuple[Machine, ModelSource]:
     source = resolve(job.model)
     check_trainable(source)
-    return machine or probe(job.machine), source
+    machine = machine or probe(job.machine)
+    if machine.devices > 1:
+        raise JobError(
+            f"machine {machine.elsewhere!r} has {machine.devices} devices",
+            why="inference is planned for one device",
+            remedy=f"machine={machine.elsewhere.partition('x')[2]}" if machine.nodes == 1 else "the name of one device",
+        )
+    return machine, source
 
 
 def _request(job: Job, source: ModelSource) -> tuple[Request, list[str]]:

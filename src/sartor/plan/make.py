@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
 from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.forecast import forecast_of
+from sartor.plan.layouts import possible_layouts
 from sartor.plan.plan import Plan, Rejected
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
@@ -144,11 +146,12 @@ def _candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
             f"`strategy.recompute` is full, but method {job.method} cannot recompute", remedy="strategy.recompute=none"
         )
     longest = row_capacity if setting.packing else int(setting.sets.train.lengths.max())
-    busy = min(job.training.global_batch, max(FULL_MICRO_BATCH_TOKENS // longest, 1))
+    layouts = possible_layouts(wanted, setting.machine, global_batch=job.training.global_batch)
+    busy = min(job.training.global_batch // layouts[0].data, max(FULL_MICRO_BATCH_TOKENS // longest, 1))
     sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(busy)
     choices = {"none": (False,), "full": (True,), "auto": (False, True) if again_possible else (False,)}
     for recompute in choices[wanted.recompute]:
-        for micro_batch in sizes:
+        for layout, micro_batch in itertools.product(layouts, sizes):
             yield Strategy(
                 device=setting.machine.device.torch_name,
                 threads=setting.machine.threads,
@@ -158,6 +161,7 @@ def _candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
                 micro_batch=micro_batch,
                 recompute=recompute,
                 attention=None if wanted.attention == "auto" else wanted.attention,
+                layout=layout,
                 expandable_segments=setting.expandable_segments,
             )
 

@@ -46,16 +46,17 @@ def batch_order(job: Job, sets: DataSets) -> BatchOrder:
 
 
 def worst_micro_batches(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> list[Batch]:
-    """The micro-batch of the run with most positions, twice where steps accumulate (gradients live beside it)."""
+    """The micro-batch of the run with most positions, twice where steps accumulate (gradients live beside it); in a pipeline as
+    often as a step has micro-batches, since several are under way at once."""
     worst: tuple[int, list[list[int]]] = (-1, [])
-    accumulates = False
+    most = 1
     for step in range(min(order.total_steps, MOST_STEPS)):
         rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
         groups = micro_batches(rows, strategy.micro_batch)
-        accumulates |= len(groups) > 1
+        most = max(most, -(-len(groups) // strategy.layout.data))
         for group in groups:
             width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
             if len(group) * width > worst[0]:
                 worst = (len(group) * width, group)
     batch = collate(samples, worst[1], pad_id=0, packing=strategy.packing)
-    return [batch, batch] if accumulates else [batch]
+    return [batch] * (most if strategy.layout.pipeline > 1 else min(most, 2))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sartor.parallel import Layout
 from sartor.step import Precision
 
 
@@ -23,6 +24,8 @@ class Strategy:
     recompute: bool
     attention: str | None
     """transformers' name of the attention kernel; None leaves it to transformers."""
+    layout: Layout = field(default_factory=Layout)
+    """Over how many devices, and how."""
     expandable_segments: bool = False
     """Whether the segments of PyTorch's CUDA allocator grow in place; there are none on other devices."""
 
@@ -32,5 +35,7 @@ class Strategy:
         activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""
-        start = f"{self.device}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
+        devices = f"{self.layout.devices} x {self.device.partition(':')[0]}, {self.layout.describe()}"
+        where = devices if self.layout.devices > 1 else self.device
+        start = f"{where}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
         return f"{start}, {activations}{attention}{fixed}"

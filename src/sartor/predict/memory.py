@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sartor.data.pack import Batch
+from sartor.errors import JobError
 from sartor.job.schema import Job
 from sartor.job.units import format_bytes
 from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
-from sartor.model import ModelSource
+from sartor.methods import traits
+from sartor.model import ModelSource, skeleton
+from sartor.parallel import Layout
 from sartor.predict.allocator import AllocatorConfig, Reserved, replay
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
-from sartor.predict.ledger import Peak
+from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
 from sartor.predict.whole import trace_job
@@ -64,6 +67,13 @@ class MemoryForecast:
     timeline: Timeline | None = None
     """Memory over a step; a picture for the terminal and the page, not part of `to_mapping`."""
 
+    rank: int = 0
+    """Of several devices, the one that this is the forecast of: the fullest."""
+    ranks: tuple[MemoryForecast, ...] = ()
+    """Where ranks differ (pipeline stages): one of each kind, this one among them."""
+    host_bytes: int | None = None
+    """Resident memory of the process on the host, where tensors are on an accelerator; None where it is not forecast."""
+
     @property
     def interval(self) -> tuple[int, int] | None:
         """Bytes of the process: at least the tensors and what is there already, at most what the verdict makes room for."""
@@ -73,8 +83,25 @@ class MemoryForecast:
 
     def to_mapping(self) -> dict[str, Any]:
         """As `sartor plan --json` prints it (docs/plan.md); numbers that could not be forecast are null."""
-        device = {
-            "rank": 0,
+        on_host = self.reserved_bytes is None
+        peak = self.peak
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "device": [rank.device_mapping() for rank in (self.ranks or (self,))],
+            "host": {"rss_bytes": self.process_bytes if on_host else self.host_bytes},
+            "breakdown": None
+            if peak is None
+            else {**peak.by_kind, "process": self.baseline_bytes, "allocator": self.allocator_bytes},
+            "by_module": None if peak is None else peak.by_module,
+            "peak": None if peak is None else {"phase": peak.phase, "module": peak.module, "kind": peak.kind},
+            "trace_seconds": self.trace_seconds,
+        }
+
+    def device_mapping(self) -> dict[str, Any]:
+        """The numbers of one device."""
+        return {
+            "rank": self.rank,
             "allocated_bytes": self.allocated_bytes,
             "active_bytes": self.active_bytes,
             "reserved_bytes": self.reserved_bytes,
@@ -82,20 +109,6 @@ class MemoryForecast:
             "process_bytes": self.process_bytes,
             "capacity_bytes": self.available_bytes,
             "interval": None if self.interval is None else list(self.interval),
-        }
-        on_host = self.reserved_bytes is None
-        peak = self.peak
-        return {
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "device": [device],
-            "host": {"rss_bytes": self.process_bytes if on_host else None},
-            "breakdown": None
-            if peak is None
-            else {**peak.by_kind, "process": self.baseline_bytes, "allocator": self.allocator_bytes},
-            "by_module": None if peak is None else peak.by_module,
-            "peak": None if peak is None else {"phase": peak.phase, "module": peak.module, "kind": peak.kind},
-            "trace_seconds": self.trace_seconds,
         }
 
     @property
@@ -115,30 +128,70 @@ def forecast_memory(
     precision: Precision,
     recompute: bool,
     attention: str | None,
+    layout: Layout | None = None,
     expandable_segments: bool = False,
 ) -> MemoryForecast:
-    """Trace two steps of the job over `batches`, replay the device's allocator, and compare with the device's memory."""
+    """Trace two steps of the job over `batches`, replay the device's allocator, and compare with the device's memory.
+
+    Over several devices: of the rank that needs most; the others are in its `ranks`.
+    """
     start = time.perf_counter()
-    target = Target.of(machine.device)
-    ledger, reason = None, ""
+    target, layout = Target.of(machine.device), layout or Layout()
+    options: dict[str, Any] = {"precision": precision, "recompute": recompute, "attention": attention, "layout": layout}
+    ledgers, reason = [], ""
     try:
-        ledger = trace_job(job, source, batches, target, precision=precision, recompute=recompute, attention=attention)
+        if layout.pipeline > 1:
+            from sartor.predict.stages import trace_stages
+
+            ledgers = trace_stages(job, source, batches, target, **options)
+        else:
+            ledgers = [(0, trace_job(job, source, batches, target, **options))]
+    except JobError:
+        raise  # the job asks for what there is not
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
         reason = f"this model's step cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     # Measured after tracing: by then the libraries that training needs are loaded.
-    own = resident_bytes() if machine.device.kind == "cpu" else 0
-    baseline = own + LOADED_BYTES if machine.device.kind == "cpu" else target.context_bytes
-    available = min(machine.device.available_bytes + own, machine.device.total_bytes)
-    share = TIGHT_SHARE.get(target.kind, OTHERWISE_TIGHT)
-    known: dict[str, Any] = {"baseline_bytes": baseline, "available_bytes": available, "tight_share": share}
-    if ledger is None:
+    surroundings = _Surroundings.of(machine, target, layout)
+    if not ledgers:
         seconds = time.perf_counter() - start
-        return MemoryForecast(**_NOTHING, **known, verdict="cannot say", reason=reason, trace_seconds=seconds)
-    peak = ledger.peak()
+        return MemoryForecast(**_NOTHING, **surroundings.known, verdict="cannot say", reason=reason, trace_seconds=seconds)
+    ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments) for rank, ledger in ledgers]
+    fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
+    host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
+    seconds = time.perf_counter() - start
+    return dataclasses.replace(fullest, ranks=tuple(ranks) if len(ranks) > 1 else (), host_bytes=host, trace_seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Surroundings:
+    """What is on the device beside the job's tensors, and what room there is."""
+
+    baseline_bytes: int
+    available_bytes: int
+    tight_share: float
+
+    @classmethod
+    def of(cls, machine: Machine, target: Target, layout: Layout) -> _Surroundings:
+        own = resident_bytes() if machine.device.kind == "cpu" else 0
+        around = target.context_bytes + target.communicator_bytes(layout.communicators)
+        return cls(
+            baseline_bytes=own + LOADED_BYTES if machine.device.kind == "cpu" else around,
+            available_bytes=min(machine.device.available_bytes + own, machine.device.total_bytes),
+            tight_share=TIGHT_SHARE.get(target.kind, OTHERWISE_TIGHT),
+        )
+
+    @property
+    def known(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _of_rank(rank: int, ledger: Ledger, target: Target, around: _Surroundings, expandable_segments: bool) -> MemoryForecast:
+    """The forecast of one device, from its ledger."""
+    peak, baseline, available = ledger.peak(), around.baseline_bytes, around.available_bytes
     reserved, held = None, []
     if target.kind == "cuda":
         events = target.with_workspace(ledger)
-        config = AllocatorConfig(capacity_bytes=available - baseline, expandable_segments=expandable_segments)
+        config = AllocatorConfig(capacity_bytes=max(available - baseline, 0), expandable_segments=expandable_segments)
         reserved = replay(events, config, timeline_points=3 * MOST_POINTS)
         out_of_memory = reserved.out_of_memory
         if out_of_memory is not None:  # what it would take: the numbers of a card without limit
@@ -148,9 +201,10 @@ def forecast_memory(
         tensors = reserved.reserved.total_bytes
     else:
         tensors = forecast_heap(ledger, process_heap()).peak_resident_bytes if _has_glibc() else peak.total_bytes
-    verdict, reason = _judge(baseline + tensors, available, share, reserved)
+    verdict, reason = _judge(baseline + tensors, available, around.tight_share, reserved)
     return MemoryForecast(
-        **known,
+        **around.known,
+        rank=rank,
         verdict=verdict,
         reason=reason,
         peak=peak,
@@ -158,9 +212,19 @@ def forecast_memory(
         active_bytes=reserved.active.total_bytes if reserved else None,
         reserved_bytes=reserved.reserved.total_bytes if reserved else None,
         process_bytes=baseline + tensors,
-        trace_seconds=time.perf_counter() - start,
+        trace_seconds=0.0,
         timeline=make_timeline(ledger, held=held),
     )
+
+
+def _host_bytes(job: Job, source: ModelSource, precision: Precision) -> int | None:
+    """Resident memory on the host of a run on an accelerator: this process as it is, and the model, which is read into main
+    memory before it goes to the device. None for quantised weights, which go over piece by piece. What the driver maps is not in
+    it."""
+    if job.quantise is not None:
+        return None
+    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter))
+    return resident_bytes() + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(("peak", "allocated_bytes", "active_bytes", "reserved_bytes", "process_bytes"))

@@ -28,6 +28,10 @@ CONTEXT = {"before Ampere": 150 * MIB, "from Ampere on": 450 * MIB}
 T4; the figure for newer cards is a cautious guess that no measurement of ours backs yet. It enters the process's total, and the
 capacity that the allocator is given, but neither allocated nor reserved."""
 
+COMMUNICATOR = 300 * MIB
+"""What NCCL takes for each communicator beside PyTorch's allocator: buffers of 4 MiB (NCCL_BUFFSIZE) for every channel and
+protocol, in number by the links. A cautious guess that no measurement of ours backs yet; it enters the process's total only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -53,6 +57,10 @@ class Target:
         if self.kind != "cuda":
             return 0
         return CONTEXT["from Ampere on" if (self.sm or 80) >= 80 else "before Ampere"]
+
+    def communicator_bytes(self, communicators: int) -> int:
+        """Memory that so many communicators take beside the allocator."""
+        return communicators * COMMUNICATOR if self.kind == "cuda" else 0
 
     def transient_bytes(self, func: Any, args: Sequence[Any]) -> int:
         """Scratch memory that a kernel of the target takes while `func` runs, where the CPU's takes none.
