@@ -37,7 +37,7 @@ def machine_of(case: dict[str, Any], *, limited: bool = True) -> Machine:
 
 
 def make_plan(case: dict[str, Any], folder: Path) -> tuple[Plan, str]:
-    """What `sartor plan` makes of the case, and its verdict. Where it does not fit, the plan is that for a device without limit."""
+    """What `sartor plan` makes of the case, and its verdict. What does not fit is planned for a device without limit."""
     (folder / "config.json").write_text(json.dumps(case["config"]), encoding="utf-8")
     job = from_mapping(case["job"] | {"model": str(folder / "config.json")})
     try:
