@@ -1,0 +1,48 @@
+"""Three architectures, three methods, recomputation, precision: the forecast's peak is what real steps on the CPU count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sartor.job import from_mapping
+from sartor.methods import traits
+from sartor.model import build
+from sartor.predict import StorageTracker
+from sartor.predict.trace import run_traced_step
+from sartor.predict.whole import trace_job
+from sartor.step import Precision, make_step, make_trainable
+
+from .test_repeat import batches, source
+from .test_sharded import CPU
+
+CASES = [
+    (kind, method, mode, recompute)
+    for kind in ("llama", "gpt2", "gemma3_text", "qwen3_moe")
+    for method in ("full", "lora", "prefix")
+    for mode in ("float32", "bf16")
+    for recompute in (False, True)
+    if not (recompute and method == "prefix")
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("kind", "method", "mode", "recompute"), CASES)
+def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, recompute: bool) -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 6} if kind == "gemma3_text" else {}
+    job = from_mapping({"model": "unused", "data": "unused", "method": method, "prefix": {"length": 5}})
+    precision, model_source = Precision.of(mode), source(kind, **small)
+    forecast = trace_job(job, model_source, batches(2), CPU, precision=precision, recompute=recompute, attention=None).peak()
+
+    model = build(model_source, dtype=precision.load_dtype(adapter=traits(job).adapter), device="cpu")
+    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
+    tracker = StorageTracker()
+    with tracker:
+        tracker.mark([*model.parameters(), *model.buffers()], "weights")
+        step = make_step(model, job, precision, device_kind="cpu")
+        for number in range(2):
+            run_traced_step(tracker, step, batches(2), 34, number=number)
+    measured = tracker.ledger.peak()
+    assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.005)
+    assert forecast.by_kind["weights"] == measured.by_kind["weights"]
