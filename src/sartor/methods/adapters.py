@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sartor.errors import JobError
@@ -89,10 +90,39 @@ def check_quantised(config: Any) -> None:
     raise JobError(f"`quantise` does not go with {what} yet", why=why, remedy="method=qlora, or without `quantise`")
 
 
+def unlike_linear(model: nn.Module) -> list[str]:
+    """Names of layers that are linear by class only: a model's own code computes something else in them.
+
+    Llama 4's router returns a pair, DeepSeek V4's output projection works in groups. PEFT takes both for `all-linear` and fails
+    when they run. What such a layer gives is asked on the meta device.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    odd = {name for name, module in layers.items() if not _acts_linear(module)}
+    short = {name.rpartition(".")[2] for name in odd} - {name.rpartition(".")[2] for name in layers.keys() - odd}
+    return sorted({last if (last := name.rpartition(".")[2]) in short else name for name in odd})
+
+
+def _acts_linear(layer: nn.Linear) -> bool:
+    """Whether (…, inputs) becomes (…, outputs). PyTorch's own layers and quantised ones do; a model's own class is asked."""
+    room, *parts = type(layer).__module__.split(".")
+    if room not in ("transformers", "transformers_modules") or parts[:1] == ["integrations"]:
+        return True
+    weights = {name: parameter.to("meta") for name, parameter in layer.named_parameters()}
+    given = torch.empty((3, 5, layer.in_features), dtype=layer.weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            result = torch.func.functional_call(layer, weights, (given,))
+    except Exception:  # whatever the model's code makes of a shape it does not expect
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (3, 5, layer.out_features)
+
+
 def wrap(model: nn.Module, config: Any) -> nn.Module:
     """`model` with the adapters in it. Raises JobError where PEFT cannot place them in this model."""
     import peft
 
+    if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = unlike_linear(model) or None
     try:
         with quiet():
             return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
