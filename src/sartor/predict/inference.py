@@ -18,10 +18,11 @@ from sartor.predict.generation import CACHE, GenerationTracer, Request
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger
-from sartor.predict.memory import _NOTHING, OTHERWISE_TIGHT, TIGHT_SHARE, MemoryForecast, _has_glibc, _judge
+from sartor.predict.memory import NOTHING, MemoryForecast
 from sartor.predict.repeat import NotRepeatable
 from sartor.predict.target import Target
 from sartor.predict.unroll import MOST_EVENTS, generation_ledger
+from sartor.predict.verdict import OTHERWISE_TIGHT, TIGHT_SHARE, has_glibc, judge
 
 HANDLES = 1
 """Of the matrix library: generation has no backward pass, whose thread would take a second one."""
@@ -67,7 +68,7 @@ class InferenceForecaster:
         except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
             reason = f"this model's generation cannot be traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             memory = MemoryForecast(
-                **_NOTHING, **self._surroundings(), verdict="cannot say", reason=reason, trace_seconds=time.perf_counter() - start
+                **NOTHING, **self._surroundings(), verdict="cannot say", reason=reason, trace_seconds=time.perf_counter() - start
             )
             return InferenceForecast(memory=memory, cache_bytes=0)
         known = self._surroundings()
@@ -80,7 +81,7 @@ class InferenceForecaster:
             expandable = baseline + replay(events, AllocatorConfig(expandable_segments=True)).reserved.total_bytes
         else:
             tensors = _resident_bytes(ledger)
-        verdict, reason = _judge(baseline + tensors, available, share, reserved)
+        verdict, reason = judge(baseline + tensors, available, share, reserved)
         memory = MemoryForecast(
             **known,
             verdict=verdict,
@@ -183,7 +184,7 @@ def _meets(sizes: dict[int, int], first: int, second: int, room_bytes: int) -> i
 
 
 def _resident_bytes(ledger: Ledger) -> int:
-    return forecast_heap(ledger, process_heap()).peak_resident_bytes if _has_glibc() else ledger.peak().total_bytes
+    return forecast_heap(ledger, process_heap()).peak_resident_bytes if has_glibc() else ledger.peak().total_bytes
 
 
 def _cache_bytes(ledger: Ledger) -> int:

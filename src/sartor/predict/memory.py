@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sartor.data.pack import Batch
 from sartor.errors import JobError
 from sartor.job.schema import Job
-from sartor.job.units import format_bytes
 from sartor.machine import Machine
 from sartor.machine.memory import resident_bytes
 from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
 from sartor.parallel import Layout
-from sartor.predict.allocator import AllocatorConfig, Reserved, replay
+from sartor.predict.allocator import AllocatorConfig, replay
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
+from sartor.predict.verdict import OTHERWISE_TIGHT, TIGHT_SHARE, Verdict, has_glibc, judge
 from sartor.predict.whole import trace_job
 from sartor.step import Precision
-
-Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
-
-TIGHT_SHARE = {"cpu": 0.8}
-OTHERWISE_TIGHT = 0.9
-"""Above this share of what is available a forecast is called tight. On a CPU the heap's fragmentation is chance, and forecast up
-to 17 % low (benchmarks/memory_cpu.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +146,7 @@ def forecast_memory(
     surroundings = _Surroundings.of(machine, target, layout)
     if not ledgers:
         seconds = time.perf_counter() - start
-        return MemoryForecast(**_NOTHING, **surroundings.known, verdict="cannot say", reason=reason, trace_seconds=seconds)
+        return MemoryForecast(**NOTHING, **surroundings.known, verdict="cannot say", reason=reason, trace_seconds=seconds)
     ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments) for rank, ledger in ledgers]
     fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
@@ -200,8 +192,8 @@ def _of_rank(rank: int, ledger: Ledger, target: Target, around: _Surroundings, e
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
-        tensors = forecast_heap(ledger, process_heap()).peak_resident_bytes if _has_glibc() else peak.total_bytes
-    verdict, reason = _judge(baseline + tensors, available, around.tight_share, reserved)
+        tensors = forecast_heap(ledger, process_heap()).peak_resident_bytes if has_glibc() else peak.total_bytes
+    verdict, reason = judge(baseline + tensors, available, around.tight_share, reserved)
     return MemoryForecast(
         **around.known,
         rank=rank,
@@ -227,22 +219,4 @@ def _host_bytes(job: Job, source: ModelSource, precision: Precision) -> int | No
     return resident_bytes() + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-_NOTHING: dict[str, Any] = dict.fromkeys(("peak", "allocated_bytes", "active_bytes", "reserved_bytes", "process_bytes"))
-
-
-def _has_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"
-
-
-def _judge(needed: int, available: int, share: float, reserved: Reserved | None) -> tuple[Verdict, str]:
-    """On an accelerator what counts is whether the allocator gets through; emptying its cache on the way is called tight."""
-    text = f"needs {format_bytes(needed)} of {format_bytes(available)}"
-    if reserved is not None and reserved.out_of_memory is not None:
-        moment = reserved.out_of_memory
-        text = text if needed > available else f"needs more than {format_bytes(available)}"
-        return "does not fit", f"{text}: memory runs out in {moment.phase}"
-    if needed > available:
-        return "does not fit", text
-    if needed > share * available or (reserved is not None and reserved.retries):
-        return "tight", text
-    return "fits", text
+NOTHING: dict[str, Any] = dict.fromkeys(("peak", "allocated_bytes", "active_bytes", "reserved_bytes", "process_bytes"))
