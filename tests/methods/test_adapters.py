@@ -65,3 +65,20 @@ def test_a_skeleton_gets_the_adapters_of_the_real_model(make: Any) -> None:
     with torch.device("meta"):
         skeleton = make()
     assert _layers_with_adapters(_lora(skeleton)) == _layers_with_adapters(_lora(make()))
+
+
+def test_a_layer_of_mamba_that_peft_refuses_gets_no_adapter() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = _lora(MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2)))
+    assert _layers_with_adapters(model) == {"in_proj", "x_proj", "dt_proj"}
+    model(input_ids=torch.arange(8)[None]).logits.float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "in_proj.lora_B" in name)
+
+
+def test_adapters_of_a_skeleton_take_no_memory() -> None:
+    with torch.device("meta"):
+        skeleton = _falcon()
+    job = from_mapping({"model": "unused", "method": "lora", "data": {"synthetic": {"length": 4}}})
+    assert all(parameter.is_meta for parameter in apply(skeleton, job, meta=True).parameters())

@@ -90,16 +90,27 @@ def check_quantised(config: Any) -> None:
     raise JobError(f"`quantise` does not go with {what} yet", why=why, remedy="method=qlora, or without `quantise`")
 
 
-def unlike_linear(model: nn.Module) -> list[str]:
-    """Names of layers that are linear by class only: a model's own code computes something else in them.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+PAST_MAMBA = "out_proj"
+"""Mamba's fused kernels read this layer's weight and never call the layer, so an adapter would be passed by."""
 
-    Llama 4's router returns a pair, DeepSeek V4's output projection works in groups. PEFT takes both for `all-linear` and fails
-    when they run. What such a layer gives is asked on the meta device.
+
+def unlike_linear(model: nn.Module) -> list[str]:
+    """Names of linear layers that `all-linear` leaves out, because PEFT takes them in and they then fail.
+
+    A model's own code may compute something else in a layer that is linear by class: Llama 4's router returns a pair, DeepSeek
+    V4's output projection works in groups. What such a layer gives is asked on the meta device. In Mamba PEFT refuses one.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    odd = {name for name, module in layers.items() if not _acts_linear(module)}
+    odd = {name for name, module in layers.items() if not _acts_linear(module) or _refused(name, model)}
     short = {name.rpartition(".")[2] for name in odd} - {name.rpartition(".")[2] for name in layers.keys() - odd}
     return sorted({last if (last := name.rpartition(".")[2]) in short else name for name in odd})
+
+
+def _refused(name: str, model: nn.Module) -> bool:
+    """Whether PEFT refuses an adapter in this layer (peft 0.21, tuners_utils.py, _check_lora_target_modules_mamba)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in _MAMBA and name.rpartition(".")[2] == PAST_MAMBA
 
 
 def _acts_linear(layer: nn.Linear) -> bool:
@@ -117,15 +128,15 @@ def _acts_linear(layer: nn.Linear) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == (3, 5, layer.out_features)
 
 
-def wrap(model: nn.Module, config: Any) -> nn.Module:
-    """`model` with the adapters in it. Raises JobError where PEFT cannot place them in this model."""
+def wrap(model: nn.Module, config: Any, *, meta: bool = False) -> nn.Module:
+    """`model` with the adapters in it, on `meta` without memory. Raises JobError where PEFT cannot place them in this model."""
     import peft
 
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
         config.exclude_modules = unlike_linear(model) or None
     try:
         with quiet():
-            return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+            return peft.get_peft_model(model, config, low_cpu_mem_usage=meta)  # type: ignore[no-any-return]
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         why = " ".join(str(error).split())[:300]
         remedy = "name modules of this model in `lora.targets`, or choose another method"

@@ -68,7 +68,7 @@ def apply(model: nn.Module, job: Job, *, seed: int | None = None, meta: bool = F
             _quantise(model, config, job.quantise, kind)
         if job.quantise.upcast:
             upcast(model)
-    wrapped = wrap(model, config)
+    wrapped = wrap(model, config, meta=meta)
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise JobError("nothing would train: the PEFT configuration leaves every parameter frozen", remedy="check `peft`")
     return wrapped
