@@ -1,4 +1,4 @@
-"""Measurements on accelerators (benchmarks/gpu/memory.py): forecasts are made again from the file and held to what was measured."""
+"""Measurements on accelerators (benchmarks/gpu): forecasts are made again from the file and held to what was measured."""
 
 from __future__ import annotations
 

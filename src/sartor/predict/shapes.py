@@ -16,8 +16,8 @@ import numpy as np
 from sartor.data.pack import IGNORE, Batch
 from sartor.predict.ledger import Event
 
-TILE = 128
-"""Rows to which flash attention rounds the width in its scratch memory (`sartor.predict.target`)."""
+TILES = (64, 128)
+"""Rows to which attention kernels round the width in their scratch memory (`sartor.predict.cuda`)."""
 
 
 class NotComparable(Exception):
@@ -57,12 +57,8 @@ def _measures(shape: Shape, virtual_tokens: int) -> list[int]:
     lengths = [1, shape.kept]
     for extra in sorted({0, virtual_tokens}):
         width = shape.width + extra
-        lengths += [width, width + 1, _tiled(width), width * width, shape.width * width]
+        lengths += [width, width + 1, *(-(-width // tile) * tile for tile in TILES), width * width, shape.width * width]
     return [*lengths, *(shape.rows * length for length in lengths)]
-
-
-def _tiled(width: int) -> int:
-    return -(-width // TILE) * TILE
 
 
 Formula = tuple[tuple[Fraction, int], ...]
@@ -114,7 +110,7 @@ def _formula(sizes: Sequence[int], values: Sequence[Sequence[int]]) -> Formula:
             return ((factor, which),)
     for one in range(count):
         for other in range(one + 1, count):
-            # Flash attention's scratch is such a sum: one part by width, one by the rounded width.
+            # An attention kernel's scratch is such a sum: one part by width, one by the rounded width.
             (a, b), (c, d) = ((row[one], row[other]) for row in values[:2])
             determinant = a * d - b * c
             if not determinant:

@@ -5,6 +5,7 @@ Only CUDA (and ROCm, which PyTorch drives through the same allocator) differs so
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from sartor.machine import Device
+from sartor.predict.cuda import attention_kernel, backward_scratch, cuda_rules, forward_scratch
 from sartor.predict.ledger import Event, Ledger
 
 MIB = 2**20
@@ -32,6 +34,9 @@ COMMUNICATOR = 300 * MIB
 """What NCCL takes for each communicator beside PyTorch's allocator: buffers of 4 MiB (NCCL_BUFFSIZE) for every channel and
 protocol, in number by the links. A cautious guess that no measurement of ours backs yet; it enters the process's total only."""
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -45,36 +50,48 @@ class Target:
         return cls(kind=device.kind, sm=device.sm)
 
     @property
+    def capability(self) -> int:
+        """CUDA's compute capability, 90 for 9.0; where there is none (ROCm), that of the cards most like it."""
+        return self.sm or 80
+
+    @property
     def workspace_bytes(self) -> int:
         """Memory that the matrix library takes from the allocator for good, all handles together."""
         if self.kind != "cuda":
             return 0
-        return CUBLAS_HANDLES * CUBLAS_WORKSPACE["from Hopper on" if (self.sm or 80) >= 90 else "before Hopper"]
+        return CUBLAS_HANDLES * CUBLAS_WORKSPACE["from Hopper on" if self.capability >= 90 else "before Hopper"]
 
     @property
     def context_bytes(self) -> int:
         """Memory that the driver takes beside the allocator."""
         if self.kind != "cuda":
             return 0
-        return CONTEXT["from Ampere on" if (self.sm or 80) >= 80 else "before Ampere"]
+        return CONTEXT["from Ampere on" if self.capability >= 80 else "before Ampere"]
 
     def communicator_bytes(self, communicators: int) -> int:
         """Memory that so many communicators take beside the allocator."""
         return communicators * COMMUNICATOR if self.kind == "cuda" else 0
 
+    def rules(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which a step on CPU tensors takes the target's way (`sartor.predict.cuda`)."""
+        return cuda_rules(self.capability) if self.kind == "cuda" else contextlib.nullcontext()
+
     def transient_bytes(self, func: Any, args: Sequence[Any]) -> int:
         """Scratch memory that a kernel of the target takes while `func` runs, where the CPU's takes none.
 
-        Flash attention needs compute capability 8.0; what older cards use instead (memory-efficient) is not modelled.
+        Which attention kernel runs depends on a mask and on dropout, too, but how much these take differs by rounding only.
         """
-        flash = self.kind == "cuda" and (self.sm or 80) >= 80
-        if flash and func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-            return _flash_backward_scratch(query=args[1], key=args[2])
-        if self.kind == "cuda" and func is torch.ops.aten._softmax_backward_data.default:
+        if self.kind != "cuda":
+            return 0
+        if func is torch.ops.aten._softmax_backward_data.default:
             # `Tensor tmp = grad * output` (PyTorch 2.13, aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
             gradient: torch.Tensor = args[0]
             return gradient.numel() * gradient.element_size()
-        return 0
+        if func not in (_ATTENTION, _ATTENTION_BACKWARD):
+            return 0
+        query, key, value = args[:3] if func is _ATTENTION else args[1:4]
+        kernel = attention_kernel(self.capability, query, key, value, masked=False, grouped=True)
+        return forward_scratch(kernel, query, value) if func is _ATTENTION else backward_scratch(kernel, query, key, value)
 
     def with_workspace(self, ledger: Ledger, *, handles: int = CUBLAS_HANDLES) -> Sequence[Event]:
         """The ledger's events as the target's allocator sees them, the matrix library's workspaces among them."""
@@ -84,16 +101,3 @@ class Target:
         size = self.workspace_bytes // CUBLAS_HANDLES
         workspaces = [Event(storage=-1 - handle, size_bytes=size, phase="build") for handle in range(handles)]
         return [*ledger.events[:first], *workspaces, *ledger.events[first:]]
-
-
-def _flash_backward_scratch(query: torch.Tensor, key: torch.Tensor) -> int:
-    """FlashAttention-2's backward (Dao 2023, arXiv 2307.08691; PyTorch's flash_attn/flash_api.cpp, mha_bwd).
-
-    dQ is accumulated in float32 and a row sum is kept, rounded to 128 rows and 32 columns; grouped keys and values get a gradient
-    per query head first.
-    """
-    batch, heads, length, width = query.shape
-    rows, columns = -(-length // 128) * 128, -(-width // 32) * 32
-    accumulator = 4 * batch * heads * rows * columns + 4 * batch * heads * rows
-    expanded = 2 * batch * heads * key.shape[2] * width * key.element_size() if key.shape[1] != heads else 0
-    return accumulator + expanded

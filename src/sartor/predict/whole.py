@@ -61,7 +61,7 @@ def trace_job(
         )
         return expand(ledger, reduction)
 
-    with fake_world(layout) as mesh:
+    with fake_world(layout) as mesh, target.rules():
         try:
             return traced(mesh, shortened=treats_layers_alike(job))
         except NotRepeatable:
