@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 def parallelise(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """`model` with the layout's wrappers, in place. Raises JobError for what is not supported."""
-    if layout.tensor > 1 or layout.pipeline > 1:
-        raise JobError("tensor and pipeline parallelism are not forecast yet", remedy="strategy.tensor=1, strategy.pipeline=1")
+    if layout.pipeline > 1:
+        raise JobError("pipeline parallelism is not forecast yet", remedy="strategy.pipeline=1")
+    if layout.tensor > 1:
+        from sartor.parallel.tensor import split
+
+        split(model, mesh, layout)
     if layout.data > 1:
         from sartor.parallel.fsdp import shard
 

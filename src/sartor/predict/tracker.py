@@ -49,10 +49,12 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # the most frequent question, and it makes nothing
             return args[0].fake_device if _is_fake(args[0]) else func(*args)
-        if any(kind.__name__ == "DTensor" for kind in types):
+        if any(kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):
             return NotImplemented  # it comes again, with the local tensors
         if self._blind:
             return func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0] if _is_fake(args[0]) else func(*args)  # PyTorch's shape rule makes a new tensor, the real one does not
         if self._leaving:
             self._leaving, self._unit = False, OUTSIDE
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
@@ -249,8 +251,9 @@ def _grouped_mm(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """The storage on this device; of a DTensor, its local part's."""
-    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    """The storage on this device: of a DTensor, its local part's; of a collective's result that nobody waited for, its own."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return getattr(local, "elem", local).untyped_storage()
 
 
 def _is_plain(value: Any) -> bool:

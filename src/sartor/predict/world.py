@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ def wrappers_watched(tracker: StorageTracker) -> Iterator[None]:
     """Tell the tracker what PyTorch's wrappers do behind its back, for as long as the context lasts.
 
     FSDP2 gives gathered weights back by resizing their storages to nothing. DTensor asks for the shapes of results by computing
-    them on fake tensors, which have no memory.
+    them on fake tensors, which have no memory; its advice on how to make collectives faster is kept out of a forecast's output.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -78,4 +79,7 @@ def wrappers_watched(tracker: StorageTracker) -> Iterator[None]:
             original = getattr(owner, name)
             patches.callback(setattr, owner, name, original)
             setattr(owner, name, change(original))
+        advice = logging.getLogger("torch.distributed.tensor._redistribute")
+        patches.callback(advice.setLevel, advice.level)
+        advice.setLevel(logging.ERROR)
         yield
