@@ -168,6 +168,9 @@ def main() -> None:
     today = date.today().isoformat()
     stem = f"{today}-{described['machine_name']}-gpu-memory" + ("-on-cpu" if options.device == "cpu" else "")
     path = folder / f"{stem}.json"
+    for entry in described["description"].get("attention_kernels", []):
+        mark = "" if entry["chosen"] == entry["forecast"] else "   FORECAST: " + entry["forecast"]
+        print(f"attention {entry['attention']:50} {entry['chosen']}{mark}", flush=True)
     record = {"benchmark": "gpu-memory", "date": today, "machine": described["description"], "results": []}
     found: dict[str, Any] = {}
     for result in run_all(cases, until=until, history=tuple(options.history), found=found):

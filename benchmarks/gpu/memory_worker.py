@@ -25,19 +25,32 @@ from typing import Any
 
 import torch
 from memory_score import figures, make_plan
+from torch.nn.attention import SDPBackend
 
 from sartor.data import prepare
 from sartor.data.pack import Batch
 from sartor.job.schema import MachineJob
-from sartor.machine import probe
+from sartor.machine import Device, probe
 from sartor.model import build, resolve
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.plan.setting import worst_micro_batches
+from sartor.predict.cuda import attention_kernel
+from sartor.predict.target import Target
 from sartor.predict.trace import run_traced_step
 from sartor.predict.tracker import StorageTracker
 from sartor.step import TensorBatch, TrainStep, make_step, make_trainable
 
 STEPS = 2
+ATTENTIONS = [
+    (8, 8, 64, False, 0.0),
+    (8, 2, 64, False, 0.0),
+    (8, 8, 64, True, 0.0),
+    (8, 8, 64, False, 0.1),
+    (8, 8, 256, False, 0.0),
+    (8, 8, 256, True, 0.0),
+    (8, 8, 512, False, 0.0),
+]
+"""Heads, heads of keys, their width, mask, dropout."""
 PEAKS = {"allocated_bytes": "allocated_bytes", "active_bytes": "active_bytes", "reserved_bytes": "reserved_bytes"}
 
 
@@ -54,8 +67,48 @@ def describe(kind: str) -> None:
     device = next((one for one in (machine.device, *machine.accelerators) if one.kind == kind), None)
     if kind == "cpu":
         device = probe(MachineJob(device="cpu")).device
-    cuda = {"cuda": torch.version.cuda, "driver": _driver()} if kind == "cuda" else {}
-    say(description=description() | cuda, machine_name=machine_name(), device=device and dataclasses.asdict(device))
+    known = {} if kind == "cpu" or device is None else _cuda_facts(device)
+    say(description=description() | known, machine_name=machine_name(), device=device and dataclasses.asdict(device))
+
+
+def _cuda_facts(device: Device) -> dict[str, Any]:
+    """What decides memory and cannot be told from the package's version."""
+    sizes = {
+        name: getattr(torch.backends.cuda, name)()
+        for name in ("cublas_workspace_size", "cublaslt_workspace_size")
+        if hasattr(torch.backends.cuda, name)
+    }
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+        **sizes,
+        "attention_kernels": attention_kernels(device),
+    }
+
+
+def attention_kernels(device: Device) -> list[dict[str, str]]:
+    """The kernel that PyTorch chooses for attention of some kinds, beside the one that the forecast takes for granted."""
+    names = {
+        SDPBackend.CUDNN_ATTENTION: "cudnn",
+        SDPBackend.FLASH_ATTENTION: "flash",
+        SDPBackend.EFFICIENT_ATTENTION: "efficient",
+        SDPBackend.MATH: "math",
+    }
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for heads, shared, width, masked, dropout in ATTENTIONS:
+            query = torch.empty(2, heads, 256, width, dtype=dtype, device=device.torch_name, requires_grad=True)
+            key = torch.empty(2, shared, 256, width, dtype=dtype, device=device.torch_name, requires_grad=True)
+            mask = torch.ones(2, 1, 256, 256, dtype=torch.bool, device=device.torch_name) if masked else None
+            grouped, causal = shared < heads, not masked
+            choice = torch._fused_sdp_choice(query, key, key, mask, dropout, causal, enable_gqa=grouped)
+            forecast = attention_kernel(
+                Target.of(device).capability, query, key, key, masked=masked, dropout=dropout, causal=causal, grouped=grouped
+            )
+            what = f"{dtype}, {heads}:{shared} heads of {width}{', masked' * masked}{f', dropout {dropout}' * bool(dropout)}"
+            found.append({"attention": what, "chosen": names[SDPBackend(choice)], "forecast": forecast})
+    return found
 
 
 def _driver() -> str | None:
