@@ -22,7 +22,7 @@ from sartor.predict.memory import NOTHING, MemoryForecast
 from sartor.predict.repeat import NotRepeatable
 from sartor.predict.target import Target
 from sartor.predict.unroll import MOST_EVENTS, generation_ledger
-from sartor.predict.verdict import OTHERWISE_TIGHT, TIGHT_SHARE, has_glibc, judge
+from sartor.predict.verdict import TIGHT_SHARE, has_glibc, judge
 
 HANDLES = 1
 """Of the matrix library: generation has no backward pass, whose thread would take a second one."""
@@ -62,7 +62,7 @@ class InferenceForecaster:
     def forecast(self, request: Request) -> InferenceForecast:
         """Trace, replay, compare. A model that cannot be traced has the verdict 'cannot say'."""
         start = time.perf_counter()
-        target, share = self._target, self._share
+        target, share = self._target, TIGHT_SHARE
         try:
             ledger = self._ledger(request)
         except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
@@ -102,7 +102,7 @@ class InferenceForecaster:
         on a line, so a few traces find it; 0 where none runs.
         """
         known = self._surroundings()
-        room = round(self._share * known["available_bytes"]) - known["baseline_bytes"]
+        room = round(TIGHT_SHARE * known["available_bytes"]) - known["baseline_bytes"]
         sizes: dict[int, int] = {}
         runs, fails = 0, limit + 1
         size: int | None = min(start, limit)
@@ -115,10 +115,6 @@ class InferenceForecaster:
                 fails = size
             size = _next_size(sizes, room, runs, fails)
         return runs
-
-    @property
-    def _share(self) -> float:
-        return TIGHT_SHARE.get(self._target.kind, OTHERWISE_TIGHT)
 
     def _ledger(self, request: Request, *, most_events: int = MOST_EVENTS) -> Ledger:
         if request not in self._known:
@@ -146,7 +142,7 @@ class InferenceForecaster:
         own = resident_bytes() if on_cpu else 0
         baseline = own + LOADED_BYTES if on_cpu else self._target.context_bytes
         available = min(device.available_bytes + own, device.total_bytes)
-        return {"baseline_bytes": baseline, "available_bytes": available, "tight_share": self._share}
+        return {"baseline_bytes": baseline, "available_bytes": available, "tight_share": TIGHT_SHARE}
 
     def _runs(self, ledger: Ledger, room_bytes: int) -> bool:
         if self._target.kind != "cuda":

@@ -22,7 +22,7 @@ from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
-from sartor.predict.verdict import OTHERWISE_TIGHT, TIGHT_SHARE, Verdict, has_glibc, judge
+from sartor.predict.verdict import TIGHT_SHARE, Verdict, has_glibc, judge
 from sartor.predict.whole import trace_job
 from sartor.step import Precision
 
@@ -169,7 +169,7 @@ class _Surroundings:
         return cls(
             baseline_bytes=own + LOADED_BYTES if machine.device.kind == "cpu" else around,
             available_bytes=min(machine.device.available_bytes + own, machine.device.total_bytes),
-            tight_share=TIGHT_SHARE.get(target.kind, OTHERWISE_TIGHT),
+            tight_share=TIGHT_SHARE,
         )
 
     @property
