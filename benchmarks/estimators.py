@@ -215,7 +215,7 @@ def _sentences(figures: dict[str, dict[str, Any]]) -> list[str]:
     others = [size for name, size in middle.items() if name not in ("Sartor", "fitcheck")]
     return [
         f"Sartor is off by {_size(middle['Sartor'])} in the middle and by {worst['Sartor']} at worst. No constant of it is",
-        "fitted to these runs, but it was checked against them while it was written, and it is told more than the others ask for:",
+        "fitted to these runs, but it was checked against them while it was written, and it is told more than others ask for:",
         "the attention kernel, the loss, the formats and what the measured harness keeps alive.",
         f"fitcheck ({_size(middle['fitcheck'])} in the middle, {worst['fitcheck']} at worst) has formulas for such dense models,",
         "adjusted by those who took these measurements and published together with them.",
