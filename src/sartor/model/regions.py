@@ -91,7 +91,7 @@ def reduce_depth(model: nn.Module) -> Reduction:
 
 def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any) -> None:
     members, lists = list(layers), _per_layer(config, len(layers))
-    signatures = [(_signature(layer), *(str(values[at]) for values in lists.values())) for at, layer in enumerate(members)]
+    signatures = [(signature(layer), *(str(values[at]) for values in lists.values())) for at, layer in enumerate(members)]
     kept: list[int] = []
     for start, period, count in find_regions(signatures if not _share_parameters(members) else list(range(len(members)))):
         if count <= KEPT:
@@ -105,16 +105,21 @@ def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, c
             span = range(start + unit * period, start + (unit + 1) * period)
             reduction.units[first_tag + place] = [members[at] for at in span]
             kept += span
-    if len(kept) == len(members):
-        return
-    for at in reversed(range(len(members))):
+    if len(kept) < len(members):
+        keep_layers(layers, config, kept)
+
+
+def keep_layers(layers: nn.ModuleList | nn.Sequential, config: Any, kept: Sequence[int]) -> None:
+    """Remove all other layers, in place. Those kept are numbered anew; the configuration's lists and count follow."""
+    count, lists = len(layers), _per_layer(config, len(layers))
+    for at in reversed(range(count)):
         if at not in set(kept):
             del layers[at]
     for at, layer in enumerate(layers):
         _renumber(layer, kept[at], at)
     for name, values in lists.items():
         setattr(config, name, type(values)(values[at] for at in kept))
-    if config is not None and getattr(config, "num_hidden_layers", None) == len(members):
+    if config is not None and getattr(config, "num_hidden_layers", None) == count:
         config.num_hidden_layers = len(kept)
 
 
@@ -138,7 +143,7 @@ def find_regions(signatures: Sequence[Any]) -> list[tuple[int, int, int]]:
     return found
 
 
-def _signature(layer: nn.Module) -> tuple[Any, ...]:
+def signature(layer: nn.Module) -> tuple[Any, ...]:
     """Everything about a layer but its place."""
     parts: list[Any] = []
     for path, module in layer.named_modules():

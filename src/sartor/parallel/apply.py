@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sartor.errors import JobError
 from sartor.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
 def parallelise(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """`model` with the layout's wrappers, in place. Raises JobError for what is not supported."""
-    if layout.pipeline > 1:
-        raise JobError("pipeline parallelism is not forecast yet", remedy="strategy.pipeline=1")
+    assert layout.pipeline == 1, "stages are cut first, and wrapped one by one (sartor.parallel.pipeline)"
     if layout.tensor > 1:
         from sartor.parallel.tensor import split
 

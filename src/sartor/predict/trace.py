@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,13 +24,16 @@ from sartor.predict.tracker import OUTSIDE, StorageTracker
 from sartor.predict.world import wrappers_watched
 from sartor.step import TensorBatch, TrainStep
 
+if TYPE_CHECKING:
+    from sartor.parallel.pipeline import PipelineStep
+
 PASSES = "forward and backward"
 """Name of the phase in which gradients are computed."""
 
 
 def trace_steps(
     model: nn.Module,
-    make_step: Callable[[nn.Module], TrainStep],
+    make_step: Callable[[nn.Module], TrainStep | PipelineStep],
     batches: Sequence[Batch],
     *,
     target: Target | None = None,
@@ -37,7 +41,7 @@ def trace_steps(
 ) -> Ledger:
     """Two training steps of a model that lives on the meta device, each over these micro-batches.
 
-    `make_step` builds the same `TrainStep` that the run will use. With a `reduction` the events carry their units' tags.
+    `make_step` builds the same step that the run will use. With a `reduction` the events carry their units' tags.
     """
     packed = any(_has_borders(batch) for batch in batches)
     tracker = StorageTracker(packed=packed, target=target)
@@ -62,7 +66,7 @@ def trace_steps(
 
 def run_traced_step(
     tracker: StorageTracker,
-    step: TrainStep,
+    step: TrainStep | PipelineStep,
     batches: Sequence[Batch],
     trained_tokens: int,
     *,
@@ -80,7 +84,11 @@ def run_traced_step(
 
 
 def repeat_traced_step(
-    tracker: StorageTracker, step: TrainStep, batches: Sequence[Batch], trained_tokens: int, gradients: dict[str, int]
+    tracker: StorageTracker,
+    step: TrainStep | PipelineStep,
+    batches: Sequence[Batch],
+    trained_tokens: int,
+    gradients: dict[str, int],
 ) -> None:
     """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place."""
     shared = len(set(gradients.values())) < len(gradients)  # gradients that share storages (FSDP2's do) cannot be put there
@@ -114,7 +122,7 @@ def _happened_once(ledger: Ledger) -> bool:
     return bool(early or made - freed)
 
 
-def _clip_and_update(tracker: StorageTracker, step: TrainStep, *, number: int) -> None:
+def _clip_and_update(tracker: StorageTracker, step: TrainStep | PipelineStep, *, number: int) -> None:
     tracker.begin(f"step {number + 1}: clip", by_parameter=True)
     step.clip()
     tracker.begin(f"step {number + 1}: update", by_parameter=True)

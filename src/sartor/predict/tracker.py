@@ -190,6 +190,8 @@ class StorageTracker(TorchDispatchMode):
         # Recomputation stops a block early, by an exception that hooks of its inner modules may not see.
         if self._modules:
             self._modules.pop()
+        if self._leaving and not self._modules:  # the outermost module is over, and no operator told so
+            self._leaving, self._unit = False, OUTSIDE
 
     def _enter_forward(self) -> None:
         self._backward, self._unit = False, OUTSIDE
