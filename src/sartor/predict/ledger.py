@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from sartor.predict.operations import Operations
+
 MOST_MODULES = 12
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
@@ -46,6 +48,8 @@ class Ledger:
 
     events: list[Event] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
+    operations: Operations = field(default_factory=Operations)
+    """What the step computes; `events` are what it allocates."""
 
     def peak(self) -> Peak:
         """The highest sum of live bytes, with its parts."""

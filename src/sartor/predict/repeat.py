@@ -36,7 +36,9 @@ def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
     runs = [_Run(tag, list(events)) for tag, events in groupby(ledger.events, key=lambda event: event.unit)]
     for region in reduction.regions:
         _check(runs, region, names)
-    whole = Ledger()
+        if not ledger.operations.alike(range(region.first_tag + TEMPLATE - 1, region.first_tag + TEMPLATE + 2)):
+            raise NotRepeatable("blocks that look alike do not compute alike")
+    whole = Ledger(operations=ledger.operations.repeated(reduction))
     for place, run in enumerate(runs):
         home = names.region_of(run.tag)
         if home is None:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.model.regions import Reduction
 from sartor.predict.ledger import Event, Ledger
+from sartor.predict.notes import Notebook
+from sartor.predict.operators import is_silent
 from sartor.predict.target import Target
 
 OUTSIDE = -1
@@ -27,7 +29,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __init__(self, *, packed: bool = False, target: Target | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = Ledger()
+        self._notebook = Notebook()
+        self.ledger = Ledger(operations=self._notebook.operations)
         self.phase = "build"
         self._modules: list[str] = []
         self._packed = packed
@@ -69,9 +72,22 @@ class StorageTracker(TorchDispatchMode):
         units = self._units_of_results(args, len(leaves)) if self._by_parameter else None
         for place, leaf in enumerate(leaves):
             self.see(leaf, unit=units[place] if units else None)
+        if not self._closed and not is_silent(func):
+            self._note(func, args, kwargs or {}, result)
         if scratch:
             self._note_scratch(scratch)
         return result
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Note what the operator computes; over lists of parameters, each one's share, for the unit that it belongs to."""
+        if self._by_parameter and _is_list(args):
+            self._notebook.note_list(func, args, kwargs, phase=self.phase, units=[self.unit_of(tensor) for tensor in args[0]])
+            return
+        unit = self._unit
+        if self._by_parameter:
+            tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+            unit = OUTSIDE if tensor is None else self.unit_of(tensor)
+        self._notebook.note(func, args, kwargs, result, phase=self.phase, unit=unit)
 
     def _is_foreign(self, tensor: torch.Tensor) -> bool:
         """Whether it is a fake tensor of somebody else's (DTensor asks for shapes that way): it has no memory."""
@@ -132,6 +148,7 @@ class StorageTracker(TorchDispatchMode):
     def repeat(self, phase: str, name: str) -> dict[int, int]:
         """Note the events of an earlier phase once more, as those of phase `name`. What it made and left alive → its copy."""
         self.begin(name)
+        self._notebook.repeat(phase, name)
         copies: dict[int, int] = {}
         alive: dict[int, int] = {}
         for event in [event for event in self.ledger.events if event.phase == phase]:
@@ -256,6 +273,11 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     """The storage on this device: of a DTensor, its local part's; of a collective's result that nobody waited for, its own."""
     local = getattr(tensor, "_local_tensor", tensor)
     return getattr(local, "elem", local).untyped_storage()
+
+
+def _is_list(args: Any) -> bool:
+    """Whether an operator's first operand is a list of tensors."""
+    return bool(args) and isinstance(args[0], list | tuple) and not _is_plain(args[0])
 
 
 def _is_plain(value: Any) -> bool:

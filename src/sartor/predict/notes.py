@@ -1,0 +1,103 @@
+"""Where the tracker notes operations while a step runs. What an operator computes is worked out once for each set of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.predict.operations import Operation, Operations, Segment
+from sartor.predict.operators import describe, describe_one, is_collective, tensors_of
+
+_NO_TASK = -1
+
+
+class Notebook:
+    """Operations in the making."""
+
+    def __init__(self) -> None:
+        self.operations = Operations()
+        self._places: dict[Any, int | None] = {}
+        self._phase = self._kind = ""
+        self._unit = self._micro_batch = 0
+        self._counts: Counter[int] = Counter()
+
+    def note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, *, phase: str, unit: int) -> None:
+        """The operator ran once on these operands."""
+        if is_collective(func):  # its group is an object made for the call, which tells no calls apart
+            operation = describe(func, args, kwargs, result)
+            place = self._places.setdefault(operation, len(self.operations.table))
+            if place == len(self.operations.table):
+                self._add(operation)
+        else:
+            key = (func, *map(_key, args), *map(_key, kwargs.values())) if kwargs else (func, *map(_key, args))
+            if key not in self._places:
+                self._places[key] = self._add(describe(func, args, kwargs, result))
+            place = self._places[key]
+        if place is not None:
+            self._count(place, phase, _kind_of(phase), unit)
+
+    def note_list(self, func: Any, args: Any, kwargs: dict[str, Any], *, phase: str, units: Sequence[int]) -> None:
+        """An operator over lists of equal length ran once: one entry for each place in the lists."""
+        name = func._schema.name.rpartition("::")[2]
+        lists = [value for value in args if isinstance(value, list | tuple) and len(value) == len(units)]
+        writes = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        ]
+        changed = {id(tensor) for tensor in tensors_of(writes)}
+        for at, unit in enumerate(units):
+            tensors = [value[at] for value in lists if isinstance(value[at], Tensor)]
+            written = [tensor for tensor in tensors if id(tensor) in changed] or tensors[:1]
+            key = (func, *map(_key, tensors))
+            if key not in self._places:
+                self._places[key] = self._add(describe_one(name, tensors, written=written))
+            place = self._places[key]
+            if place is not None:
+                self._count(place, phase, _kind_of(phase), unit)
+
+    def repeat(self, phase: str, name: str) -> None:
+        """An earlier phase happens once more, under another name."""
+        segments = self.operations.segments
+        segments += [dataclasses.replace(part, phase=name) for part in segments if part.phase == phase]
+        self._phase = ""
+
+    def _add(self, operation: Operation | None) -> int | None:
+        if operation is None:
+            return None
+        self.operations.table.append(operation)
+        return len(self.operations.table) - 1
+
+    def _count(self, place: int, phase: str, kind: str, unit: int) -> None:
+        if phase != self._phase or kind != self._kind or unit != self._unit:
+            if phase != self._phase:
+                self._micro_batch = 0
+            elif kind == "forward" and self._kind != "forward":
+                self._micro_batch += 1
+            self._phase, self._kind, self._unit = phase, kind, unit
+            segment = Segment(phase=phase, kind=kind, unit=unit, micro_batch=self._micro_batch)
+            self.operations.segments.append(segment)
+            self._counts = segment.counts
+        self._counts[place] += 1
+
+
+def _kind_of(phase: str) -> str:
+    """The pass that is running. Autograd's engine computes without recording, and recomputation records inside of it."""
+    if phase.endswith(("clip", "update")):
+        return "update"
+    if torch._C._current_graph_task_id() == _NO_TASK:
+        return "forward"
+    return "recompute" if torch.is_grad_enabled() else "backward"
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return value
