@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from sartor.data.tokens import TokenSet
+from sartor.machine.calibration import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,8 @@ def key(parts: dict[str, Any]) -> str:
 
 
 def folder() -> Path | None:
-    """$SARTOR_CACHE, else sartor in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
-    try:
-        if own := os.environ.get("SARTOR_CACHE"):
-            return Path(own).expanduser() / "tokens"
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sartor" / "tokens"
-    except RuntimeError:
-        return None
+    """Where tokens are kept; None where there is no home."""
+    return cache_folder("tokens")
 
 
 def load(name: str) -> tuple[TokenSet, Counts] | None:

@@ -1,6 +1,20 @@
-"""What the job runs on: devices, memory and cores, as this process may use them."""
+"""What the job runs on: devices, memory and cores, as this process may use them; their rates, measured or published."""
 
+from sartor.machine.calibrate import calibrate
+from sartor.machine.calibration import Calibration, find_calibration, load_calibration
+from sartor.machine.measure_links import measure_collectives
 from sartor.machine.memory import HostMemory, host_memory
 from sartor.machine.probe import Device, Machine, probe
 
-__all__ = ["Device", "HostMemory", "Machine", "host_memory", "probe"]
+__all__ = [
+    "Calibration",
+    "Device",
+    "HostMemory",
+    "Machine",
+    "calibrate",
+    "find_calibration",
+    "host_memory",
+    "load_calibration",
+    "measure_collectives",
+    "probe",
+]

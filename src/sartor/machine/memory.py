@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from sartor.machine.cgroup import memory_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,10 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """The tightest of physical memory, the control group (v2) and `ulimit` (address space, data segment)."""
+    """The tightest of physical memory, the control groups (version 2 and 1) and `ulimit` (address space, data segment)."""
     virtual = psutil.virtual_memory()
     total, available = virtual.total, virtual.available
-    for limit, used in [*_cgroup_limits(), *_resource_limits()]:
+    for limit, used in [*memory_limits(), *_resource_limits()]:
         total = min(total, limit)
         available = min(available, max(limit - used, 0))
     return HostMemory(total_bytes=total, available_bytes=available)
@@ -54,46 +54,6 @@ def peak_resident_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
-
-
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, used) of this process's control group and of every group above it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    relative = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if relative is None:
-        return []
-    limits = []
-    group = _CGROUPS / relative.strip("/")
-    while group == _CGROUPS or _CGROUPS in group.parents:
-        limit, used = _read_int(group / "memory.max"), _read_int(group / "memory.current")
-        if limit is not None and used is not None:
-            limits.append((limit, used - _reclaimable(group)))
-        if group == _CGROUPS:
-            break
-        group = group.parent
-    return limits
-
-
-def _reclaimable(group: Path) -> int:
-    """Page cache that the kernel gives back under pressure."""
-    try:
-        for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
-            if line.startswith("inactive_file "):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return 0
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _resource_limits() -> list[tuple[int, int]]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sartor.errors import JobError
 from sartor.job.schema import MachineJob
+from sartor.machine.cgroup import processor_limit
 from sartor.machine.memory import HostMemory, host_memory
+from sartor.machine.surroundings import DeviceLink, Disk, Network, device_link, disks, networks, pci_address
+from sartor.machine.topology import ROOT, Topology, read_text, read_topology
+
+if TYPE_CHECKING:
+    from sartor.machine.catalogue import DeviceModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,19 @@ class Machine:
     """Equal devices that a job may use, `device` being one of them. More than one only where a catalogue's machine has them."""
     elsewhere: str = ""
     """The catalogue's name of a machine that is not this one: plans are made for it, nothing runs on it."""
+    topology: Topology | None = None
+    """How it is built; None where that is not known."""
+    disks: tuple[Disk, ...] = ()
+    networks: tuple[Network, ...] = ()
+    links: tuple[DeviceLink, ...] = ()
+    """Of the accelerators."""
+    rates: DeviceModel | None = None
+    """Published figures of `device`, of this machine's too where the catalogue has it. Where they come from: docs/machines.md."""
+    network_bytes_per_second: int | None = None
+    """Of one node, one direction."""
+    price_usd_per_hour: float | None = None
+    """Of all nodes, on demand, on the day `price_date`."""
+    price_date: str | None = None
 
     @property
     def devices(self) -> int:
@@ -57,25 +80,45 @@ class Machine:
         return self.nodes * self.devices_per_node
 
 
-def probe(wanted: MachineJob | None = None) -> Machine:
-    """This machine, within the limits that the job sets. Raises JobError for a device that is not there."""
+def probe(wanted: MachineJob | None = None, *, folders: Iterable[Path] = ()) -> Machine:
+    """This machine, within the limits that the job sets. Raises JobError for a device that is not there.
+
+    Disks are those of `folders`, of the working folder and of temporary files.
+    """
     wanted = wanted or MachineJob()
     if wanted.name != "auto":
         return _from_catalogue(wanted)
     host = _limited_host(host_memory(), wanted.host_memory)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     accelerators = _accelerators(wanted.device_memory)
-    cpu_name, flags = _cpu()
+    cpu_name, flags = read_cpu()
     cpu = Device(kind="cpu", index=0, name=cpu_name, total_bytes=host.total_bytes, available_bytes=host.available_bytes)
+    device = _choose(wanted.device, cpu, accelerators)
+    rates = None if device is cpu else _published(device.name)
+    interfaces = networks()
+    here = [network.bytes_per_second for network in interfaces if network.up and network.bytes_per_second]
     return Machine(
-        device=_choose(wanted.device, cpu, accelerators),
+        device=device,
         accelerators=accelerators,
         host=host,
         cpu_name=cpu_name,
         cores=cores,
         threads=min(wanted.threads or cores, cores),
         instruction_sets=flags,
+        topology=read_topology(cpu_name),
+        disks=disks(folders),
+        networks=interfaces,
+        links=_links(accelerators),
+        rates=rates,
+        network_bytes_per_second=max(here, default=None),
     )
+
+
+def usable_cores(root: Path = ROOT) -> int:
+    """Logical processors that this process may use: its affinity, and the quota of its control groups rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = processor_limit(root)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _from_catalogue(wanted: MachineJob) -> Machine:
@@ -106,6 +149,10 @@ def _from_catalogue(wanted: MachineJob) -> Machine:
         nodes=model.nodes,
         devices_per_node=model.devices_per_node,
         elsewhere=model.name,
+        rates=dataclasses.replace(model.device, sources={}),
+        network_bytes_per_second=model.network_bytes_per_second,
+        price_usd_per_hour=model.price_usd_per_hour,
+        price_date=model.price_date,
     )
 
 
@@ -132,6 +179,24 @@ def _accelerators(limit: int | None) -> tuple[Device, ...]:
     return tuple(devices)
 
 
+def _published(name: str) -> DeviceModel | None:
+    """The catalogue's figures of a device, by the name that torch gives it."""
+    from sartor.machine.catalogue import DeviceModel, load
+
+    found = load().find(name)
+    return dataclasses.replace(found, sources={}) if isinstance(found, DeviceModel) else None
+
+
+def _links(accelerators: tuple[Device, ...]) -> tuple[DeviceLink, ...]:
+    links = []
+    for device in accelerators:
+        module = torch.get_device_module(device.kind)
+        address = pci_address(module.get_device_properties(device.index)) if hasattr(module, "get_device_properties") else None
+        if address is not None:
+            links.append(device_link(device.index, address))
+    return tuple(links)
+
+
 def _choose(wanted: str, cpu: Device, accelerators: tuple[Device, ...]) -> Device:
     if wanted == "cpu" or (wanted == "auto" and not accelerators):
         return cpu
@@ -142,18 +207,32 @@ def _choose(wanted: str, cpu: Device, accelerators: tuple[Device, ...]) -> Devic
     raise JobError(f"`machine.device` is {wanted!r}, which this machine does not have", remedy=f"one of: auto, {there}")
 
 
-_INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_INTERESTING_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "amx_fp16",
+    "asimd",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+)
 
 
-def _cpu() -> tuple[str, tuple[str, ...]]:
+def read_cpu(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
     """Name and instruction sets, from /proc/cpuinfo where there is one."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), ()
-    lines = [line.partition(":") for line in text.splitlines()]
     values: dict[str, str] = {}
-    for key, _, value in lines:
+    # All processors are listed, with the same names but on few machines: the first one's are taken.
+    for line in read_text(root / "proc/cpuinfo").split("\n\n", 1)[0].splitlines():
+        key, _, value = line.partition(":")
         values.setdefault(key.strip().lower(), value.strip())
+    if not values:
+        return platform.processor() or platform.machine(), ()
     flags = set((values.get("flags") or values.get("features") or "").split())
     return values.get("model name", platform.machine()), tuple(flag for flag in _INTERESTING_FLAGS if flag in flags)
