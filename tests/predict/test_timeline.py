@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -88,9 +87,7 @@ def test_columns_hold_the_peak(story: tuple[list[int], list[int], list[int]], co
 
 def test_the_step_with_the_peak_is_shown() -> None:
     ledger = ledger_of([10, 20, 30, 5], [1, 1, 1, 1], [3, 3, 3, 3])
-    first = [
-        dataclasses.replace(event, size_bytes=event.size_bytes * (7 if "step 1" in event.phase else 1)) for event in ledger.events
-    ]
+    first = [event._replace(size_bytes=event.size_bytes * (7 if "step 1" in event.phase else 1)) for event in ledger.events]
     timeline = make_timeline(Ledger(events=first, kinds=ledger.kinds))
     assert timeline is not None
     assert timeline.peak_bytes == Ledger(events=first, kinds=ledger.kinds).peak().total_bytes > 1200

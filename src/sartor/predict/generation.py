@@ -7,7 +7,6 @@ the tokens that are wanted are made), and whether the attention mask is all ones
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ class GenerationTracer:
         """The next call finds what this one left: a quantised layer, say, keeps its bias in the format it first computed with."""
         freed = {event.storage for event in events if event.size_bytes < 0}
         left = [event for event in events if event.size_bytes > 0 and event.storage not in freed]
-        self._build = [dataclasses.replace(event, phase="build") for event in left]
+        self._build = [event._replace(phase="build") for event in left]
         self._tracker.ledger.kinds = {event.storage: self._tracker.ledger.kinds.get(event.storage, "weights") for event in left}
 
     @contextlib.contextmanager

@@ -162,7 +162,7 @@ def repeat_last_step(events: Sequence[Event], *, times: int) -> list[Event]:
         before, names = names, {storage: unused * (number + 1) + storage for storage in made}
         for event in body:
             if event.storage in made:
-                result.append(dataclasses.replace(event, storage=names[event.storage]))
+                result.append(event._replace(storage=names[event.storage]))
             elif event.size_bytes < 0 and event.storage in heirs:
-                result.append(dataclasses.replace(event, storage=before[heirs[event.storage]]))
+                result.append(event._replace(storage=before[heirs[event.storage]]))
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sartor.predict.operations import Operations
 
@@ -14,9 +15,8 @@ _INDEX = re.compile(r"\.\d+(?=\.|$)")
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A storage comes to life (`size_bytes` > 0) or dies (< 0)."""
+class Event(NamedTuple):
+    """A storage comes to life (`size_bytes` > 0) or dies (< 0). A tuple: there are hundreds of thousands of them."""
 
     storage: int
     size_bytes: int

@@ -11,9 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from sartor.model.regions import KEPT, TEMPLATE, Reduction, Region
 from sartor.predict.ledger import Event, Ledger
+
+UNIT = Event._fields.index("unit")
 
 
 class NotRepeatable(Exception):
@@ -26,6 +29,11 @@ class _Run:
 
     tag: int
     events: list[Event]
+    storages: frozenset[int]
+
+    @classmethod
+    def of(cls, tag: int, events: list[Event]) -> _Run:
+        return cls(tag, events, frozenset(event.storage for event in events))
 
 
 def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
@@ -33,7 +41,7 @@ def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
     if not reduction.regions:
         return ledger
     names = _Names(ledger, reduction.regions)
-    runs = [_Run(tag, list(events)) for tag, events in groupby(ledger.events, key=lambda event: event.unit)]
+    runs = [_Run.of(tag, list(events)) for tag, events in groupby(ledger.events, key=itemgetter(UNIT))]
     for region in reduction.regions:
         _check(runs, region, names)
         if not ledger.operations.alike(range(region.first_tag + TEMPLATE - 1, region.first_tag + TEMPLATE + 2)):
@@ -77,11 +85,10 @@ class _Names:
     def region_of(self, tag: int) -> Region | None:
         return self._region_of.get(tag)
 
-    def rename(self, run: _Run, region: Region | None, number: int) -> Iterator[Event]:
+    def rename(self, run: _Run, region: Region | None, number: int) -> list[Event]:
         """The run's events as those of unit `number`."""
-        for event in run.events:
-            storage = self._number(event.storage, run.tag, region, number)
-            yield Event(storage, event.size_bytes, event.phase, event.module, event.unit)
+        names = {storage: self._number(storage, run.tag, region, number) for storage in run.storages}
+        return [Event(names[storage], size, phase, module, unit) for storage, size, phase, module, unit in run.events]
 
     def rename_kinds(self, kinds: dict[int, str]) -> Iterator[tuple[int, str]]:
         for storage, kind in kinds.items():

@@ -58,8 +58,10 @@ def trace_steps(
             _tag_weights(tracker, model, reduction)
         tracker.follow(model, reduction)
         step = make_step(model)
-        gradients = run_traced_step(tracker, step, batches, trained_tokens)
-        repeat_traced_step(tracker, step, batches, trained_tokens, gradients)
+        # Under FSDP2 both steps run: the first one, on a single micro-batch, sets up what the second one finds.
+        first = batches[:1] if sharded and isinstance(step, TrainStep) and not _alike(step, batches) else batches
+        gradients = run_traced_step(tracker, step, first, trained_tokens, shorten=True)
+        repeat_traced_step(tracker, step, batches, trained_tokens, gradients, again=first is not batches)
         tracker.close()
     return tracker.ledger
 
@@ -72,15 +74,56 @@ def run_traced_step(
     *,
     number: int = 0,
     device: str = "cpu",
+    shorten: bool = False,
 ) -> dict[str, int]:
-    """One step under the tracker, its phases and kinds named. Parameter → serial number of its gradient."""
+    """One step under the tracker, its phases and kinds named. Parameter → serial number of its gradient. `shorten`: of
+    micro-batches that are alike one runs, and its events are repeated."""
     tracker.begin(f"step {number + 1}: {PASSES}")
     on_device = [TensorBatch.of(batch, device) for batch in batches]
-    step.accumulate(on_device, trained_tokens)
+    if shorten and isinstance(step, TrainStep) and _alike(step, batches):
+        _accumulate_alike(tracker, step, on_device, trained_tokens)
+    else:
+        step.accumulate(on_device, trained_tokens)
     gradients = {name: tracker.see(p.grad) for name, p in step.parameters.items() if p.grad is not None}
     tracker.ledger.kinds.update(dict.fromkeys(gradients.values(), "gradients"))
     _clip_and_update(tracker, step, number=number)
     return gradients
+
+
+def _alike(step: TrainStep, batches: Sequence[Batch]) -> bool:
+    """Whether what a step does for its micro-batches is the same each time, once gradients are there. Not so in a pipeline, where
+    several are under way, and not under FSDP2, whose first pass sets things up."""
+    if len(batches) < 2 or any(batch is not batches[0] for batch in batches):
+        return False
+    return not any(type(module).__name__.startswith("FSDP") for module in step.model.modules())
+
+
+def _accumulate_alike(tracker: StorageTracker, step: TrainStep, on_device: Sequence[TensorBatch], trained_tokens: int) -> None:
+    """The first micro-batch runs; the others are its events over again, their gradients gone as soon as they are added."""
+    added: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        added.setdefault(name, len(tracker.ledger.events))
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: note(name))
+        for name, parameter in step.parameters.items()
+    ]
+    before, start = tracker.alive(), len(tracker.ledger.events)
+    losses = step.accumulate(on_device[:1], trained_tokens)
+    for hook in hooks:
+        hook.remove()
+    gradients = {tracker.see(p.grad): added.get(name, 0) for name, p in step.parameters.items() if p.grad is not None}
+    expected = before | set(gradients) | {tracker.see(loss) for loss in losses}
+    if tracker.alive() != expected or not all(gradients.values()):
+        step.accumulate(on_device[1:], trained_tokens)
+        return
+    end = len(tracker.ledger.events)
+    left: list[int] = []
+    for _ in on_device[1:]:
+        left += tracker.repeat_micro_batch(start, end, gradients)
+    del losses
+    tracker.release(left)
 
 
 def repeat_traced_step(
@@ -89,10 +132,13 @@ def repeat_traced_step(
     batches: Sequence[Batch],
     trained_tokens: int,
     gradients: dict[str, int],
+    *,
+    again: bool = False,
 ) -> None:
-    """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place."""
+    """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place.
+    `again`: it has to run, whatever the first one did."""
     shared = len(set(gradients.values())) < len(gradients)  # gradients that share storages (FSDP2's do) cannot be put there
-    if shared or _happened_once(tracker.ledger):
+    if again or shared or _happened_once(tracker.ledger):
         run_traced_step(tracker, step, batches, trained_tokens, number=1)
         return
     copies = tracker.repeat(f"step 1: {PASSES}", f"step 2: {PASSES}")

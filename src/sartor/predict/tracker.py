@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -134,7 +133,7 @@ class StorageTracker(TorchDispatchMode):
         key = _storage(tensor)._cdata
         self._units[key] = unit
         at = self._created[key]
-        self.ledger.events[at] = dataclasses.replace(self.ledger.events[at], unit=unit)
+        self.ledger.events[at] = self.ledger.events[at]._replace(unit=unit)
 
     @contextlib.contextmanager
     def unseen(self) -> Iterator[None]:
@@ -161,8 +160,40 @@ class StorageTracker(TorchDispatchMode):
                 continue  # made before the phase; it can be freed once only
             if event.size_bytes < 0:
                 alive.pop(event.storage, None)
-            self.ledger.events.append(dataclasses.replace(event, storage=copies[event.storage], phase=name))
+            self.ledger.events.append(event._replace(storage=copies[event.storage], phase=name))
         return alive
+
+    def alive(self) -> set[int]:
+        """Serial numbers of the storages that live now."""
+        return set(self._serials.values())
+
+    def repeat_micro_batch(self, start: int, end: int, gradients: dict[int, int]) -> list[int]:
+        """Note the events of a micro-batch, `start` to `end`, once more; what they leave alive is returned.
+
+        `gradients`: serial number → the event before which it was added to what was there, where its copy goes.
+        """
+        copies: dict[int, int] = {}
+        alive: dict[int, Event] = {}
+        gone: dict[int, list[int]] = {}
+        for serial, when in gradients.items():
+            gone.setdefault(when, []).append(serial)
+        for place in range(start, end + 1):
+            for serial in gone.get(place, ()):
+                made = alive.pop(serial)
+                self.ledger.events.append(made._replace(size_bytes=-made.size_bytes, module=""))
+            if place == end:
+                break
+            event = self.ledger.events[place]
+            if event.storage not in copies:
+                copies[event.storage] = self._count
+                self._count += 1
+            copy = event._replace(storage=copies[event.storage])
+            self.ledger.events.append(copy)
+            if event.size_bytes < 0:
+                del alive[event.storage]
+            else:
+                alive[event.storage] = copy
+        return [event.storage for event in alive.values()]
 
     def adopt(self, tensor: torch.Tensor, serial: int) -> None:
         """From now on this tensor, unseen so far, is the storage that `repeat` noted under this number."""

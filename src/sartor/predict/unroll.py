@@ -66,7 +66,7 @@ def generation_ledger(tracer: GenerationTracer, request: Request, *, most_events
 
 def _plain(ledger: Ledger) -> Ledger:
     """The ledger without the numbers of its decoding steps."""
-    events = [dataclasses.replace(event, phase=DECODE) if event.phase.startswith(DECODE) else event for event in ledger.events]
+    events = [event._replace(phase=DECODE) if event.phase.startswith(DECODE) else event for event in ledger.events]
     return Ledger(events=events, kinds=dict(ledger.kinds))
 
 
