@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from sartor.machine.cgroup import memory_limits
+from sartor.machine.topology import ROOT, parse_list, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,10 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """The tightest of physical memory, the control groups (version 2 and 1) and `ulimit` (address space, data segment)."""
+    """The tightest of physical memory, control groups, the NUMA nodes this process is bound to, and `ulimit`."""
     virtual = psutil.virtual_memory()
     total, available = virtual.total, virtual.available
-    for limit, used in [*memory_limits(), *_resource_limits()]:
+    for limit, used in [*memory_limits(), *node_limits(), *_resource_limits()]:
         total = min(total, limit)
         available = min(available, max(limit - used, 0))
     return HostMemory(total_bytes=total, available_bytes=available)
@@ -54,6 +56,24 @@ def peak_resident_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def node_limits(root: Path = ROOT) -> list[tuple[int, int]]:
+    """(limit, used) of the NUMA nodes that this process is bound to, where they are not all there are."""
+    allowed = parse_list(dict(line.split(":\t", 1) for line in _status(root) if ":\t" in line).get("Mems_allowed_list", ""))
+    nodes = root / "sys/devices/system/node"
+    if not allowed or not set(parse_list(read_text(nodes / "online"))) - set(allowed):
+        return []
+    sizes = [
+        re.findall(r"(MemTotal|MemFree|Inactive\(file\)):\s+(\d+) kB", read_text(nodes / f"node{n}/meminfo")) for n in allowed
+    ]
+    total = sum(int(size) for words in sizes for name, size in words if name == "MemTotal")
+    free = sum(int(size) for words in sizes for name, size in words if name != "MemTotal")
+    return [(total * 1024, (total - free) * 1024)] if total else []
+
+
+def _status(root: Path) -> list[str]:
+    return read_text(root / "proc/self/status").splitlines()
 
 
 def _resource_limits() -> list[tuple[int, int]]:
