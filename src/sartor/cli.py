@@ -119,13 +119,33 @@ def data(
 
 
 @app.command()
-def machine(device: DeviceName = "auto") -> None:
-    """Say what this machine is, as far as Sartor can use it."""
-    from sartor.job.schema import MachineJob
-    from sartor.machine import probe
-    from sartor.report import show_machine
+def machine(
+    name: Annotated[str, typer.Argument(help="This machine, or a name of docs/machines.md such as 8xA100-80GB.")] = "auto",
+    device: DeviceName = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads that a job would have.", min=1)] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure its rates, for half a minute, and keep them.")] = False,
+    folder: Annotated[Path | None, typer.Option("--folder", help="Whose disk to measure; default: the working folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what this machine is, as far as Sartor can use it, and how fast."""
+    import json
 
-    show_machine(probe(MachineJob(device=device)), _console())
+    from sartor.job.schema import MachineJob
+    from sartor.machine import calibrate as measure
+    from sartor.machine import find_calibration, probe
+    from sartor.report import machine_mapping, show_machine
+
+    here = probe(MachineJob(name=name, device=device, threads=threads), folders=[folder] if folder else [])
+    kept = find_calibration(here)
+    if calibrate:
+        if kept.calibration is None:
+            typer.echo(f"measuring: {kept.reason}", err=True)
+        measure(here, folder=folder, say=lambda what: typer.echo(f"measuring {what}", err=True))
+        kept = find_calibration(here)
+    if as_json:
+        typer.echo(json.dumps(machine_mapping(here, kept), indent=1, ensure_ascii=False))
+    else:
+        show_machine(here, _console(), kept)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from sartor.cli import main
+from sartor.job.schema import MachineJob
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -60,6 +62,32 @@ def test_data_in_the_terminal_and_as_a_page(capsys: pytest.CaptureFixture[str], 
 
 def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cores" in run(capsys, "machine")
+    assert "not measured yet" in run(capsys, "machine")
+    tree = json.loads(run(capsys, "machine", "8xA100-80GB", "--json"))
+    assert tree["machine"]["devices_per_node"] == 8
+
+
+def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring itself is tested in the machine room: here what is kept and said around it."""
+    from sartor.machine import calibrate, find_calibration, probe
+    from sartor.machine import measure as measure_module
+    from sartor.machine.clock import Clock
+
+    for name, value in {"_ROWS_M": (16,), "_SHAPES_NK": ((64, 64),), "_MEMORY_BYTES": (), "_LENGTHS": ()}.items():
+        monkeypatch.setattr(measure_module, name, value)
+    monkeypatch.setattr(Clock, "seconds", lambda clock, call, budget=0.0: max(clock.once(call), 1e-9))
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "_largest_bytes", lambda _: 2**20)
+    out = run(capsys, "machine", "--device", "cpu", "--threads", "1", "--calibrate", "--folder", str(tmp_path))
+    assert "Rates measured" in out
+    tree = json.loads(run(capsys, "machine", "--device", "cpu", "--threads", "1", "--json"))
+    assert tree["calibration"]["disk"]["folder"] == str(tmp_path)
+    path = find_calibration(probe(MachineJob(device="cpu", threads=1))).path
+    assert path is not None
+    path.write_text("{", encoding="utf-8")
+    assert "measure again" in " ".join(run(capsys, "machine", "--device", "cpu", "--threads", "1").split())
+    with pytest.raises(SystemExit) as refused:
+        main(["machine", "L40S-48GB", "--calibrate"])
+    assert refused.value.code == 2
 
 
 def test_train_resume_generate_chat(

@@ -197,7 +197,7 @@ def test_a_file_that_is_no_text(machine: Machine, measured: Calibration) -> None
 def test_a_machine_elsewhere_is_not_measured_here() -> None:
     there = probe(MachineJob(name="L40S-48GB"))
     assert load_calibration(there) is None
-    assert "catalogue" in find_calibration(there).reason
+    assert "published" in find_calibration(there).reason
     with pytest.raises(UsageError, match="not this machine"):
         calibrate(there)
 

@@ -19,6 +19,8 @@ from sartor.machine.measure import device_rates
 from sartor.machine.measure_links import disk_rate, link_rate
 from sartor.machine.probe import Machine, probe
 
+LIMIT_SECONDS = 24.0
+"""For the rates of one device; what is not measured by then is left out, with a note."""
 _BUSY_SHARE = 0.1
 """Of the processors' time spent on other processes while measuring: from here on it is worth a note."""
 
@@ -41,12 +43,12 @@ def calibrate(
     host = link = None
     with _set_up(machine, device):
         say(f"rates of {device} ({machine.device.name})")
-        rates = device_rates(Clock(device), largest_bytes=_largest_bytes(machine), notes=notes)
+        rates = device_rates(Clock(device, limit_seconds=LIMIT_SECONDS), largest_bytes=_largest_bytes(machine), notes=notes)
         if device != processor:
             say("link between main memory and the device")
             link = link_rate(Clock(device), notes)
             say("rates of the processor")
-            host = device_rates(Clock(processor), largest_bytes=_largest_bytes(machine), notes=notes)
+            host = device_rates(Clock(processor, limit_seconds=LIMIT_SECONDS), largest_bytes=_largest_bytes(machine), notes=notes)
     say(f"disk of {folder or Path.cwd()}")
     disk = disk_rate(folder or Path.cwd(), notes)
     seconds = time.perf_counter() - start

@@ -103,7 +103,7 @@ class DeviceRates:
     adamw_parameters_per_second: float
     """Fused AdamW, float32, one large tensor."""
     adamw_tensor_seconds: float
-    """What one more small tensor costs it."""
+    """Of each of many small tensors."""
     first_touch_bytes_per_second: float | None
     """Bytes of new memory that the system hands out in a second, beyond the time of writing to them. None on accelerators,
     whose memory is kept by PyTorch's allocator."""
@@ -199,7 +199,7 @@ def calibration_key(machine: Machine) -> str:
 def find_calibration(machine: Machine) -> Kept:
     """The calibration kept for this machine, or why there is none; damaged files are told, never raised."""
     if machine.elsewhere:
-        return Kept(path=None, reason=f"{machine.elsewhere} is not this machine: its rates are those of the catalogue")
+        return Kept(path=None, reason=f"{machine.elsewhere} is not this machine: its rates are the published ones")
     key = calibration_key(machine)
     path = _path(key)
     if path is None:

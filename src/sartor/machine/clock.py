@@ -12,20 +12,20 @@ _BATCH_SECONDS = 5e-4
 """Calls are timed in batches about so long: reading the clock costs nothing, and most batches are not interrupted."""
 _LEAST_BATCHES = 3
 _AGREEMENT = 1.1
-_PATIENCE = 8
+_PATIENCE = 4
 """Times the budget, where the lowest times do not agree."""
 
 
 class Clock:
     """Times calls on `device`. Sections of a calibration have a time each: `late` says when a section should end."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, limit_seconds: float = float("inf")) -> None:
         self.device = device
-        self._deadline = float("inf")
+        self._end = self._deadline = time.perf_counter() + limit_seconds
 
     def section(self, seconds: float) -> None:
-        """What follows should be done after so many seconds."""
-        self._deadline = time.perf_counter() + seconds
+        """What follows should be done after so many seconds, and by the end of all."""
+        self._deadline = min(time.perf_counter() + seconds, self._end)
 
     @property
     def late(self) -> bool:

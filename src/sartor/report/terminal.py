@@ -1,4 +1,4 @@
-"""A plan, a run and a machine on the terminal; without colours everything is said in words and letters as well."""
+"""A plan and a run on the terminal; without colours everything is said in words and letters as well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sartor.job.units import format_bytes, format_seconds
-from sartor.machine import Machine
 from sartor.plan import Plan
 from sartor.predict import MemoryForecast
 from sartor.report import facts
@@ -81,11 +80,6 @@ def show_run(run: Run, console: Console) -> None:
     if done:
         tries = Text("\n").join(Text(command, style="cyan", overflow="fold") for command in facts.commands(run))
         _print(console, Text("Try it", style="bold"), tries)
-
-
-def show_machine(machine: Machine, console: Console) -> None:
-    """What this machine is, and which part of it a job would use."""
-    _print(console, Text("Machine", style="bold"), _table([(name, Text(value)) for name, value in facts.machine_facts(machine)]))
 
 
 def _print(console: Console, title: Text, body: RenderableType) -> None:
