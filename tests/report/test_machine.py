@@ -176,8 +176,6 @@ def test_the_width_is_kept(make: SimpleNamespace, width: int) -> None:
 def test_nothing_measured_says_how(make: SimpleNamespace) -> None:
     said = one_line(plain(make.machine(), Kept(path=None, reason="not measured yet")))
     assert "not measured yet; `sartor machine --calibrate`" in said
-        plain(make.machine(), Kept(path=None, reason="not measured yet"))
-    )
 
 
 def test_nothing_writes_escapes(make: SimpleNamespace) -> None:
