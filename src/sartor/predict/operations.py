@@ -29,6 +29,8 @@ class Group:
 
     size: int
     stride: int
+    overlaps: bool = False
+    """Whether it runs beside the computation (FSDP2's do); of others the next operator waits for the result."""
 
     def spans_nodes(self, devices_per_node: int) -> bool:
         """Whether they lie on several nodes, where ranks are numbered node by node."""
@@ -54,8 +56,9 @@ class Operation:
     sizes: tuple[int, ...] = ()
     """(batch, M, N, K) of a product of M x K with K x N; (batch x heads, queries, keys, width) of attention; of others the
     elements of the largest operand."""
-    causal: bool = False
-    """Attention that skips half of the scores; `flops` counts all of them, as is usual."""
+    form: str = ""
+    """Of a product nn, nt, tn or tt: which operands are transposed in memory. Of attention causal (half of the scores are
+    skipped; `flops` counts all of them, as is usual), masked or full."""
     dense: bool = True
     """Whether all operands lie in memory in the order of the result."""
     group: Group | None = None
@@ -132,11 +135,14 @@ class Operations:
         first, *others = (self.per_unit(unit) for unit in units)
         return all(other == first for other in others)
 
-    def seconds(self, seconds_of: Callable[[Operation], float]) -> np.ndarray:
-        """Seconds of every segment (one of its `times`)."""
-        each = np.array([seconds_of(operation) for operation in self.table])
+    def seconds(self, seconds_of: Callable[[Operation, str], float]) -> np.ndarray:
+        """Seconds of every segment (one of its `times`), from those of an operation in a pass."""
         places, counts, owners = self._flat
-        return np.bincount(owners, weights=each[places] * counts, minlength=len(self.segments))
+        kinds = np.array([PASSES.index(part.kind) for part in self.segments], dtype=np.int64)[owners]
+        each = np.zeros((len(PASSES), len(self.table)))
+        for kind, place in set(zip(kinds.tolist(), places.tolist(), strict=True)):
+            each[kind, place] = seconds_of(self.table[place], PASSES[kind])
+        return np.bincount(owners, weights=each[kinds, places] * counts, minlength=len(self.segments))
 
     @cached_property
     def _flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -119,7 +119,7 @@ def describe(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
     if not given and not results:
         return None
     if is_collective(func):
-        return _collective(COLLECTIVES[name], args, given, results)
+        return _collective(func, COLLECTIVES[name], args, given, results)
     flops = _flops(func, name, args, kwargs, result)
     family = _family(func, name, flops)
     changed = _changed(func, args, kwargs)
@@ -135,7 +135,7 @@ def describe(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
         written_bytes=written,
         made_bytes=made,
         sizes=_sizes(name, family, args, given or results),
-        causal=family == _ATTENTION and _is_causal(func, args, kwargs),
+        form=_form(func, name, family, args, kwargs),
         dense=_is_dense(given + results),
     )
 
@@ -226,12 +226,20 @@ def _sizes(name: str, family: str, args: Sequence[Any], tensors: Sequence[Tensor
     return (max(tensor.numel() for tensor in tensors),)
 
 
-def _is_causal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
-    if "is_causal" not in names:
-        return False
-    at = names.index("is_causal")
-    return bool(args[at] if at < len(args) else kwargs.get("is_causal", False))
+def _form(func: Any, name: str, family: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    if family == "matmul" and name in _PRODUCTS:
+        operands = args[1:3] if name in ("addmm", "baddbmm", "addmv") else args[:2]
+        return "".join("t" if _is_transposed(operand) else "n" for operand in operands)
+    if family != _ATTENTION:
+        return ""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    if given.get("is_causal"):
+        return "causal"
+    return "masked" if any(given.get(mask) is not None for mask in ("attn_mask", "attn_bias", "bias")) else "full"
+
+
+def _is_transposed(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.stride(-1) != 1 and tensor.stride(-2) == 1
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -288,11 +296,11 @@ def _fills(tensor: Tensor) -> bool:
     return True
 
 
-def _collective(what: str, args: Sequence[Any], given: Sequence[Tensor], results: Sequence[Tensor]) -> Operation:
+def _collective(func: Any, what: str, args: Sequence[Any], given: Sequence[Tensor], results: Sequence[Tensor]) -> Operation:
     """Bytes are those of the whole message: what is there before it is scattered, or after it was gathered."""
     tensors = [*given, *results]
     size = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-    group = _group(args)
+    group = _group(args, overlaps=func._schema.name.startswith("c10d::"))
     return Operation(
         name=what,
         family="collective",
@@ -306,7 +314,7 @@ def _collective(what: str, args: Sequence[Any], given: Sequence[Tensor], results
     )
 
 
-def _group(args: Sequence[Any]) -> Group:
+def _group(args: Sequence[Any], *, overlaps: bool) -> Group:
     """Of the process group among the arguments: an object, or its name."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
@@ -321,5 +329,5 @@ def _group(args: Sequence[Any]) -> Group:
                 continue
         else:
             continue
-        return Group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)
+        return Group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1, overlaps)
     return Group(1, 1)

@@ -73,7 +73,7 @@ class Network:
 
 
 def collective_seconds(name: str, size_bytes: int, group: Group, link: Link) -> float:
-    """Of the whole message `size_bytes`: what a rank holds after all_gather and broadcast, before reduce_scatter and all_reduce."""
+    """`size_bytes` is the whole message: what a rank has after all_gather and broadcast, before reduce_scatter and all_reduce."""
     others = group.size - 1
     if others <= 0 and name != "send":
         return 0.0
@@ -96,7 +96,7 @@ class Block:
 
     compute: float
     gather: float = 0.0
-    """Before it computes; may start while the block before is at work (FSDP2's prefetching)."""
+    """Before it computes; may start when the block before that gathers something starts (FSDP2's prefetching)."""
     reduce: float = 0.0
     """After it computed, beside the blocks that follow."""
     inline: float = 0.0
@@ -117,18 +117,27 @@ class Spent:
 
 
 def run_blocks(blocks: Sequence[Block]) -> Spent:
-    """Blocks one after the other, their communication on a stream of its own."""
+    """Blocks one after the other, their communication on a stream of its own. When a block starts, what the next one needs is
+    gathered first, and then what earlier ones computed is reduced."""
     tasks: list[Task] = []
-    computed: list[int] = []
+    gathering = (block.gather for block in blocks if block.gather)
+    gathered = last = -1
+
+    def gather_next() -> int:
+        seconds = next(gathering, 0.0)
+        if seconds:
+            tasks.append(Task("communication", seconds, (last,) if last >= 0 else ()))
+        return len(tasks) - 1
+
+    upcoming = gather_next()
     for block in blocks:
-        waits = computed[-2:-1]
         if block.gather:
-            tasks.append(Task("communication", block.gather, tuple(waits)))
-            waits = [len(tasks) - 1]
-        tasks.append(Task("compute", block.compute + block.inline, tuple(waits)))
-        computed.append(len(tasks) - 1)
+            gathered, upcoming = upcoming, gather_next()
+        waits = (gathered,) if block.gather else ()
+        tasks.append(Task("compute", block.compute + block.inline, waits))
+        last = len(tasks) - 1
         if block.reduce:
-            tasks.append(Task("communication", block.reduce, (computed[-1],)))
+            tasks.append(Task("communication", block.reduce, (last,)))
     return Spent(seconds=max(run(tasks), default=0.0), compute=sum(block.compute for block in blocks))
 
 
