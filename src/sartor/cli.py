@@ -132,10 +132,12 @@ def machine(
 
     from sartor.job.schema import MachineJob
     from sartor.machine import calibrate as measure
-    from sartor.machine import find_calibration, probe
+    from sartor.machine import find_calibration, machine_of, probe
+    from sartor.machine.catalogue import lookup
     from sartor.report import machine_mapping, show_machine
 
-    here = probe(MachineJob(name=name, device=device, threads=threads), folders=[folder] if folder else [])
+    wanted = MachineJob(device=device, threads=threads)
+    here = probe(wanted, folders=[folder] if folder else []) if name == "auto" else machine_of(lookup(name))
     kept = find_calibration(here)
     if calibrate:
         if kept.calibration is None:

@@ -137,7 +137,7 @@ def test_every_figure_has_a_source(model: DeviceModel | MachineModel) -> None:
     figures = {
         field.name
         for field in dataclasses.fields(model)
-        if re.search("bytes|flops|sm$|watts|price_usd|devices_per_node", field.name)
+        if re.search("bytes|flops|efficiency|sm$|watts|price_usd|devices_per_node", field.name)
         and getattr(model, field.name) not in (None, {})
     }
     assert set(model.sources) == figures
@@ -152,6 +152,8 @@ def test_device_figures_are_plausible(device: DeviceModel) -> None:
         "host_memory_bandwidth_bytes_per_second": (20e9, 2e12),
         "host_link_bytes_per_second": (4e9, 500e9),
         "peer_link_bytes_per_second": (10e9, 2e12),
+        "matmul_efficiency": (0.4, 1),
+        "training_efficiency": (0.2, 0.8),
         "sm": (70, 130),
         "tdp_watts": (30, 1500),
         "price_usd_per_hour": (0.02, 50),
@@ -160,6 +162,8 @@ def test_device_figures_are_plausible(device: DeviceModel) -> None:
         value = getattr(device, name)
         assert value is None or least <= value <= most, name
     assert device.kind in KINDS
+    if device.matmul_efficiency and device.training_efficiency:
+        assert device.training_efficiency < device.matmul_efficiency
     assert (device.sm is not None) == (device.kind == "cuda")
     rates = device.peak_flops_per_second
     assert all(1e12 <= rate <= 10e15 for rate in rates.values())
@@ -252,6 +256,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("machines:", "machine:", "unknown field 'machine'"),
         ("  office:", "  card 48gb:", "cannot be told from"),
         ("kind: cuda", "kind: cuda\n    sm: {value: 8.6, source: ours}", "sm: 8.6 is not right"),
+        ("kind: cuda", "kind: cuda\n    matmul_efficiency: {value: 80, source: ours}", "not a share"),
         ("kind: cuda", "kind: cuda\n    price_usd_per_hour: {value: 1, source: ours}", "needs the `date`"),
         ("kind: cuda", "kind: cuda\n    peak_flops_per_second: {value: {bf16: 1T}, source: ours}", "bf16: 1T"),
         ("kind: cuda", "kind: cuda\n    peak_flops_per_second: {value: {float32: 1e12}, source: ours}", "should be like"),

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from machine_trees import CPU, NODE, cpus, laptop, node, write_tree, xeon, xeon_max
+from sartor.errors import JobError
 from sartor.job.schema import MachineJob
-from sartor.machine import probe
+from sartor.machine import machine_of, probe
 from sartor.machine.catalogue import lookup
 from sartor.machine.cgroup import memory_limits, processor_limit
 from sartor.machine.memory import node_limits
@@ -269,3 +270,11 @@ def test_a_machine_of_the_catalogue_has_its_rates() -> None:
     assert machine.price_date == model.price_date
     assert machine.topology is None
     assert not machine.disks
+
+
+def test_machines_of_other_kinds_are_described_and_not_planned_for() -> None:
+    machine = machine_of(lookup("2xtrn1.32xlarge"))
+    assert (machine.device.kind, machine.devices, machine.nodes) == ("neuron", 64, 2)
+    assert machine.network_bytes_per_second == 100 * 10**9
+    with pytest.raises(JobError, match="kind neuron"):
+        probe(MachineJob(name="trn1.32xlarge"))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from machine_trees import xeon_max
 from sartor.job.schema import MachineJob
-from sartor.machine import Machine, probe
+from sartor.machine import Machine, machine_of, probe
 from sartor.machine.calibration import (
     AttentionRate,
     Calibration,
@@ -28,6 +28,7 @@ from sartor.machine.calibration import (
     MatmulRate,
     MemoryRate,
 )
+from sartor.machine.catalogue import lookup
 from sartor.machine.surroundings import DeviceLink, Disk, Network
 from sartor.machine.topology import read_topology
 from sartor.report import machine_mapping, show_machine
@@ -118,12 +119,13 @@ def test_what_is_around_the_processors(make: SimpleNamespace, tmp_path: Path) ->
 
 
 def test_a_machine_of_the_catalogue() -> None:
-    machine = probe(MachineJob(name="2xp5.48xlarge"))
+    machine = machine_of(lookup("2xp5.48xlarge"))
     said = one_line(plain(machine, Kept(path=None, reason="it is elsewhere")))
     assert "2 nodes of 8 x NVIDIA H100 80GB HBM3, 79.1 GiB each" in said
     assert "bfloat16 989.4" in said
     assert "memory 3,350 GB/s, host link 63 GB/s, links to others 450 GB/s" in said
     assert f"{machine.price_usd_per_hour:.2f} USD/h" in said
+    assert "large products 80%, published training runs 41%" in said
     assert "it is elsewhere" in said
     assert "--calibrate" not in said
     assert "processor" not in said

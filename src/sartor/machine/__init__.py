@@ -4,7 +4,7 @@ from sartor.machine.calibrate import calibrate
 from sartor.machine.calibration import Calibration, find_calibration, load_calibration
 from sartor.machine.measure_links import measure_collectives
 from sartor.machine.memory import HostMemory, host_memory
-from sartor.machine.probe import Device, Machine, probe
+from sartor.machine.probe import Device, Machine, machine_of, probe
 
 __all__ = [
     "Calibration",
@@ -15,6 +15,7 @@ __all__ = [
     "find_calibration",
     "host_memory",
     "load_calibration",
+    "machine_of",
     "measure_collectives",
     "probe",
 ]

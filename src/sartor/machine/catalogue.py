@@ -60,6 +60,10 @@ class DeviceModel:
     """One direction."""
     peer_link_bytes_per_second: int | None = None
     """One direction, all links to other devices of the node together."""
+    matmul_efficiency: float | None = None
+    """Share of the bfloat16 peak that the best large matrix product reached."""
+    training_efficiency: float | None = None
+    """Share of the peak that published training runs reached, recomputation counted as work: the median of the source's runs."""
     sm: int | None = None
     """CUDA compute capability, 90 for 9.0."""
     tdp_watts: float | None = None
@@ -339,6 +343,12 @@ def _positive(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if not _positive(value) <= 1:
+        raise ValueError("not a share between 0 and 1")
+    return float(value)
+
+
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError("not a whole number from 1")
@@ -367,6 +377,8 @@ _DEVICE_FIGURES: dict[str, Callable[[Any], Any]] = {
     "peak_flops_per_second": _rates,
     "host_link_bytes_per_second": _bytes,
     "peer_link_bytes_per_second": _bytes,
+    "matmul_efficiency": _share,
+    "training_efficiency": _share,
     "sm": _count,
     "tdp_watts": _positive,
     "price_usd_per_hour": _positive,

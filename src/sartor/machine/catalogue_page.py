@@ -48,7 +48,8 @@ aliases:
   big-card: RTX4090-48GB
 ```
 
-Further fields: of a device `peer_link_bytes_per_second`, `host_memory_bandwidth_bytes_per_second`, `sm`, `tdp_watts`,
+Further fields: of a device `peer_link_bytes_per_second`, `host_memory_bandwidth_bytes_per_second`, `matmul_efficiency` and
+`training_efficiency` (shares, such as 0.8), `sm`, `tdp_watts`,
 `devices_per_package`, `unified_memory`, `note`; `nominal: true` beside a memory's value says that it is the size as sold. Of a
 machine `node_price_usd_per_hour` and `note`.
 """
@@ -56,11 +57,14 @@ machine `node_price_usd_per_hour` and `note`.
 _DEVICES = """## Devices
 
 Memory is the total a process sees (`~`: as sold, no such total is known). Rates are dense, in TFLOP/s, accumulating in float32.
-Links are one direction, all links of a device together. Prices are on demand. `*`: from the vendor's document, but no page with
+Links are one direction, all links of a device together. Prices are on demand. `matmul` is the share of the
+bfloat16 peak that the best large product was measured to reach, `training` the share that published training runs reached, with
+recomputation counted as work (the median where a source has several runs). `*`: from the vendor's document, but no page with
 the figure was at hand when it was entered. Empty: not published, or the device does not have it.
 
-| name | kind | memory GiB | GB/s | float32 | tf32 | bfloat16 | float16 | fp8 | int8 | host GB/s | peer GB/s | sm | W | USD/h | |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
+| name | kind | memory GiB | GB/s | float32 | tf32 | bfloat16 | float16 | fp8 | int8 \
+| host GB/s | peer GB/s | matmul | training | sm | W | USD/h | |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|
 """
 
 _MACHINES = """## Machines
@@ -92,6 +96,8 @@ def _device_row(device: DeviceModel) -> str:
         *(rates[dtype] + _star(device, "peak_flops_per_second") if dtype in rates else "" for dtype in dtypes),
         _giga(device, "host_link_bytes_per_second"),
         _giga(device, "peer_link_bytes_per_second"),
+        _percent(device, "matmul_efficiency"),
+        _percent(device, "training_efficiency"),
         _plain(device, "sm"),
         _plain(device, "tdp_watts"),
         _price(device, "price_usd_per_hour"),
@@ -124,6 +130,11 @@ def _plain(model: DeviceModel | MachineModel, name: str, scale: float = 1) -> st
 
 def _giga(model: DeviceModel | MachineModel, name: str) -> str:
     return _plain(model, name, 1e9)
+
+
+def _percent(device: DeviceModel, name: str) -> str:
+    value = getattr(device, name)
+    return "" if value is None else f"{100 * value:.0f} %" + _star(device, name)
 
 
 def _price(model: DeviceModel | MachineModel, name: str) -> str:

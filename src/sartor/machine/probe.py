@@ -21,7 +21,7 @@ from sartor.machine.surroundings import DeviceLink, Disk, Network, device_link, 
 from sartor.machine.topology import ROOT, Topology, read_text, read_topology
 
 if TYPE_CHECKING:
-    from sartor.machine.catalogue import DeviceModel
+    from sartor.machine.catalogue import DeviceModel, MachineModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,13 @@ def _from_catalogue(wanted: MachineJob) -> Machine:
             why="the forecast knows how PyTorch allocates on CUDA and ROCm devices, and on this machine's CPU",
             remedy="a CUDA or ROCm device of docs/machines.md",
         )
+    return machine_of(model, wanted)
+
+
+def machine_of(model: MachineModel, wanted: MachineJob | None = None) -> Machine:
+    """A machine of the catalogue, of whatever kind, within the limits that a job sets. Its processor is not known."""
+    wanted = wanted or MachineJob()
+    kind = {"hip": "cuda"}.get(model.device.kind, model.device.kind)
     total = min(model.device.memory_bytes, wanted.device_memory or model.device.memory_bytes)
     device = Device(
         kind=kind, index=0, name=model.device.vendor_name, total_bytes=total, available_bytes=total, sm=model.device.sm

@@ -127,7 +127,9 @@ def _published(machine: Machine) -> list[tuple[str, str]]:
         "links to others": rates.peer_link_bytes_per_second,
     }
     words = [f"{name} {_giga(value)}" for name, value in named.items() if value]
-    lines = (("peak TFLOP/s", flops), ("bandwidth", ", ".join(words)))
+    shares = {"large products": rates.matmul_efficiency, "published training runs": rates.training_efficiency}
+    reached = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+    lines = (("peak TFLOP/s", flops), ("bandwidth", ", ".join(words)), ("of peak", reached))
     return [(f"{name} (published)", line) for name, line in lines if line]
 
 
