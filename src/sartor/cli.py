@@ -133,6 +133,7 @@ def machine(
     from sartor.job.schema import MachineJob
     from sartor.machine import calibrate as measure
     from sartor.machine import find_calibration, machine_of, probe
+    from sartor.machine.calibration import Kept
     from sartor.machine.catalogue import lookup
     from sartor.report import machine_mapping, show_machine
 
@@ -140,10 +141,10 @@ def machine(
     here = probe(wanted, folders=[folder] if folder else []) if name == "auto" else machine_of(lookup(name))
     kept = find_calibration(here)
     if calibrate:
-        if kept.calibration is None:
+        if kept.calibration is None and not here.elsewhere:
             typer.echo(f"measuring: {kept.reason}", err=True)
-        measure(here, folder=folder, say=lambda what: typer.echo(f"measuring {what}", err=True))
-        kept = find_calibration(here)
+        measured = measure(here, folder=folder, say=lambda what: typer.echo(f"measuring {what}", err=True))
+        kept = Kept(path=kept.path, calibration=measured)
     if as_json:
         typer.echo(json.dumps(machine_mapping(here, kept), indent=1, ensure_ascii=False))
     else:

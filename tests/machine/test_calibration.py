@@ -211,6 +211,8 @@ def test_where_nothing_can_be_kept(
     assert load_calibration(machine) is None
     with pytest.raises(UsageError, match="cannot write"):
         save_calibration(measured)
+    with pytest.raises(UsageError, match="cannot write"):
+        calibrate(machine, folder=tmp_path)
 
 
 def test_the_cache_is_where_others_look_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from sartor.errors import UsageError
-from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
+from sartor.errors import UsageError, writing
+from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, cache_folder, calibration_key, save_calibration
 from sartor.machine.clock import Clock
 from sartor.machine.measure import device_rates
 from sartor.machine.measure_links import disk_rate, link_rate
@@ -37,6 +37,9 @@ def calibrate(
     if machine.elsewhere:
         remedy = "calibrate where it is; here its rates are published ones"
         raise UsageError(f"{machine.elsewhere} is not this machine", remedy=remedy)
+    if keep and (place := cache_folder("machines")) is not None:
+        with writing(place):  # said before the measuring, not after it
+            place.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     start, busy_before = time.perf_counter(), _others_seconds()
     device, processor = torch.device(machine.device.torch_name), torch.device("cpu")
