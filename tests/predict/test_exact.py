@@ -46,3 +46,24 @@ def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, re
     measured = tracker.ledger.peak()
     assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.005)
     assert forecast.by_kind["weights"] == measured.by_kind["weights"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing", "recompute"), [("llama", True, False), ("gemma3_text", True, True), ("llama", False, True)]
+)
+def test_attention_by_segments_is_forecast_as_it_runs(kind: str, packing: bool, recompute: bool) -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 6} if kind == "gemma3_text" else {}
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
+    precision, model_source = Precision.of("bf16"), source(kind, **small)
+    given = batches(2, packing=packing)
+    options: dict[str, Any] = {"recompute": recompute, "attention": "segments"}
+    forecast = trace_job(job, model_source, given, CPU, precision=precision, **options).peak()
+    model = build(model_source, dtype=precision.load_dtype(adapter=False), device="cpu", attention="segments")
+    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
+    tracker = StorageTracker(packed=packing)
+    with tracker:
+        tracker.mark([*model.parameters(), *model.buffers()], "weights")
+        step = make_step(model, job, precision, device_kind="cpu")
+        for number in range(2):
+            run_traced_step(tracker, step, given, 34, number=number)
+    assert forecast.total_bytes == pytest.approx(tracker.ledger.peak().total_bytes, rel=0.005)

@@ -46,7 +46,7 @@ def source(kind: str, **changes: Any) -> ModelSource:
     return ModelSource(path=kind, config=AutoConfig.for_model(kind, **{**SMALL[kind], **changes}), has_weights=False)
 
 
-def batches(micro_batches: int) -> list[Batch]:
+def batches(micro_batches: int, *, packing: bool = False) -> list[Batch]:
     lengths = [60, 33, 9]
     samples = TokenSet.from_samples(
         [
@@ -54,8 +54,8 @@ def batches(micro_batches: int) -> list[Batch]:
             for length in lengths
         ]
     )
-    rows = fill_rows(range(len(lengths)), samples.lengths, capacity=64, packing=False)
-    return [collate(samples, rows, pad_id=0, packing=False)] * micro_batches
+    rows = fill_rows(range(len(lengths)), samples.lengths, capacity=64, packing=packing)
+    return [collate(samples, rows, pad_id=0, packing=packing)] * micro_batches
 
 
 def ledger(job: Job, model_source: ModelSource, *, mode: str, recompute: bool, shortened: bool, micro_batches: int = 1) -> Ledger:

@@ -34,6 +34,8 @@ class Batch:
     """Real tokens, padding not counted."""
     examples: tuple[int, ...]
     """Indices of the examples in their TokenSet."""
+    segments: tuple[tuple[int, ...], ...] = ()
+    """Of every row, the lengths of its examples from its start on; nothing where it is not known."""
 
 
 def fill_rows(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, *, capacity: int, packing: bool) -> list[list[int]]:
@@ -88,6 +90,7 @@ def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: b
         trained_tokens=int(counted_RT.sum()),
         tokens=tokens,
         examples=tuple(index for row in rows for index in row),
+        segments=tuple(tuple(int(samples.lengths[index]) for index in row) for row in rows),
     )
 
 

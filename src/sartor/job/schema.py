@@ -73,7 +73,8 @@ class DataJob:
     max_length: int | None = option(None, "longest sequence in tokens; default: the model's limit, at most 2048", at_least=2)
     overlong: Literal["truncate", "drop"] = option("truncate", "what becomes of longer examples; counted and shown")
     packing: Literal["auto"] | bool = option(
-        "auto", "put several examples in a row, each seeing only itself; `auto`: where the model can"
+        "auto",
+        "put several examples in a row, each seeing only itself; `auto`: where the model can and it is faster",
     )
 
 
@@ -199,7 +200,11 @@ class StrategyJob:
 
     micro_batch: Literal["auto"] | int = option("auto", "rows computed at once; the rest of a step is accumulated", at_least=1)
     recompute: Literal["auto", "none", "full"] = option("auto", "drop activations in forward and compute them again in backward")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option("auto", "attention kernel, by transformers' name")
+    attention: Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"] = option(
+        "auto",
+        "attention kernel, by transformers' name; segments (ours, for CPUs: every example of a row by itself). `auto`: on a CPU "
+        "segments where the model can, else sdpa",
+    )
     expandable_segments: Literal["auto"] | bool = option(
         "auto",
         "let the segments of PyTorch's CUDA allocator grow, so that varying lengths do not fragment it; `auto`: yes, unless "

@@ -13,6 +13,7 @@ from torch import nn
 
 from sartor.errors import ModelError
 from sartor.job.schema import QuantiseJob
+from sartor.kernels import attention as segments
 from sartor.model.quantise import check_loadable, keep_trainable, loading_options
 from sartor.model.source import ModelSource, explain
 
@@ -56,6 +57,7 @@ def check_trainable(source: ModelSource) -> None:
 
 def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
     """The model on the meta device: every shape, no memory. Raises ModelError."""
+    _know(attention)
     with torch.device("meta"):
         return _from_config(source, dtype, attention)
 
@@ -75,6 +77,7 @@ def build(
     """
     if quantise is not None:
         check_loadable(source, quantise)
+    _know(attention)
     if not source.has_weights:
         torch.manual_seed(seed)
         return _from_config(source, dtype, attention).to(device)
@@ -103,6 +106,12 @@ def build(
         keep_trainable(model)
         return model  # type: ignore[no-any-return]
     return model.to(device)  # type: ignore[no-any-return]
+
+
+def _know(attention: str | None) -> None:
+    """Tell transformers of an attention function that is ours."""
+    if attention == segments.NAME:
+        segments.register()
 
 
 def _from_config(source: ModelSource, dtype: torch.dtype, attention: str | None) -> nn.Module:

@@ -12,9 +12,11 @@ from torch import nn
 from sartor.data import prepare
 from sartor.errors import JobError
 from sartor.job import Job
+from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.machine import Machine, probe
 from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
+from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.forecast import forecast_of
 from sartor.plan.layouts import possible_layouts
@@ -44,7 +46,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     precision = Precision.resolve(job.precision, machine.device.kind)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
     anatomy = dissect(model)
-    packing, note = _packing(job, method, model)
+    attention, attention_note = choose_attention(job, method, source, machine)
+    packing, note = _packing(job, method, model, dense=machine.device.kind == "cpu" and attention != SEGMENTS)
     job, longest = _resolved(job, source, method)
     tokenizer = None if job.data.synthetic else load_tokenizer(job.model)
     sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
@@ -61,6 +64,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         expandable_segments=expandable_segments(
             job.strategy.expandable_segments, machine.device.kind, here=not machine.elsewhere
         ),
+        attention=attention,
     )
     strategy, forecast, rejected = _choose(setting, longest)
     if forecast.verdict == "does not fit":
@@ -77,7 +81,9 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         data=sets.summary,
         total_steps=order.total_steps,
         rejected=tuple(rejected),
-        notes=tuple(words for words in (note, forecast.drift_note, more_room(setting, strategy, forecast)) if words),
+        notes=tuple(
+            words for words in (attention_note, note, forecast.drift_note, more_room(setting, strategy, forecast)) if words
+        ),
     )
 
 
@@ -107,8 +113,8 @@ def max_length(job: Job, source: ModelSource, method: MethodTraits) -> int:
     return wish or min(room, LONGEST_DEFAULT)
 
 
-def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, str]:
-    """Whether rows are packed, and what is said where they cannot be."""
+def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -> tuple[bool, str]:
+    """Whether rows are packed, and what is said where they are not. `dense`: a packed row would mean a dense mask on a CPU."""
     wanted = job.data.packing
     if wanted is False:
         return False, ""
@@ -118,6 +124,8 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module) -> tuple[bool, st
         reason = cannot_pack(model)
     if reason and wanted is True:
         raise JobError("`data.packing` is true, but this job cannot be packed", why=reason, remedy="data.packing=auto, or false")
+    if dense and not reason and wanted == "auto":
+        reason = "on a CPU, attention with a dense mask costs more than padding does (data.packing=true packs nevertheless)"
     return not reason, f"not packed: {reason}" if reason else ""
 
 
@@ -160,7 +168,7 @@ def _candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
                 row_capacity=row_capacity,
                 micro_batch=micro_batch,
                 recompute=recompute,
-                attention=None if wanted.attention == "auto" else wanted.attention,
+                attention=setting.attention,
                 layout=layout,
                 expandable_segments=setting.expandable_segments,
             )

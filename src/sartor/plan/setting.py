@@ -31,6 +31,8 @@ class Setting:
     sets: DataSets
     order: BatchOrder
     expandable_segments: bool
+    attention: str | None = None
+    """As in `Strategy`."""
 
 
 def batch_order(job: Job, sets: DataSets) -> BatchOrder:

@@ -49,6 +49,7 @@ def blank_batch(shape: Shape, *, packing: bool) -> Batch:
         trained_tokens=shape.rows * shape.kept,
         tokens=shape.rows * shape.width,
         examples=(),
+        segments=((cut, shape.width - cut) if packing else (shape.width,),) * shape.rows,
     )
 
 

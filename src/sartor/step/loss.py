@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sartor.data.pack import IGNORE, Batch
+from sartor.kernels.attention import Segments, attends_by_segments, segments_are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class TensorBatch:
     targets_RT: Tensor
     position_ids_RT: Tensor | None
     kept_K: Tensor
+    segments: tuple[tuple[int, ...], ...] = ()
+    """As in `Batch`: Python integers, so that no shape depends on a tensor's values."""
 
     @classmethod
     def of(cls, batch: Batch, device: str | torch.device) -> TensorBatch:
@@ -33,6 +36,7 @@ class TensorBatch:
             targets_RT=torch.as_tensor(batch.targets_RT, device=device),
             position_ids_RT=None if positions is None else torch.as_tensor(positions, device=device),
             kept_K=torch.as_tensor(batch.kept_K, device=device),
+            segments=batch.segments,
         )
 
 
@@ -45,6 +49,7 @@ class SumLoss:
 
     def __init__(self, model: nn.Module, *, kind: str = "sartor") -> None:
         self._kind = kind
+        self._by_segments = attends_by_segments(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -56,6 +61,12 @@ class SumLoss:
             self._offset = int(config.num_virtual_tokens)
 
     def __call__(self, model: nn.Module, batch: TensorBatch) -> Tensor:
+        if not (self._by_segments and batch.segments):
+            return self._sum(model, batch)
+        with segments_are(Segments(batch.segments, batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)):
+            return self._sum(model, batch)
+
+    def _sum(self, model: nn.Module, batch: TensorBatch) -> Tensor:
         kept_K = batch.kept_K + self._offset
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT}
         if batch.position_ids_RT is not None:

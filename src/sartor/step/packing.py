@@ -7,6 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.attention import Segments, attends_by_segments, segments_are
+
 _LENGTHS = (5, 9, 3)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
@@ -29,8 +31,8 @@ def mixes_examples(model: nn.Module, vocab_size: int) -> str:
     model.eval()
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randint(0, vocab_size, (length,), generator=generator) for length in _LENGTHS]
-    packed = _logits(model, torch.cat(examples), torch.cat([torch.arange(length) for length in _LENGTHS]), device)
-    alone = torch.cat([_logits(model, example, torch.arange(len(example)), device) for example in examples])
+    packed = _logits(model, examples, device)
+    alone = torch.cat([_logits(model, [example], device) for example in examples])
     model.train(training)
     difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
     if difference <= _TOLERANCE.get(dtype, 5e-2):
@@ -40,6 +42,11 @@ def mixes_examples(model: nn.Module, vocab_size: int) -> str:
     )
 
 
-def _logits(model: nn.Module, ids: Tensor, positions: Tensor, device: torch.device) -> Tensor:
-    output = model(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False)
+def _logits(model: nn.Module, examples: list[Tensor], device: torch.device) -> Tensor:
+    """Of these examples in a row, as a training step computes them."""
+    ids = torch.cat(examples)[None].to(device)
+    positions = torch.cat([torch.arange(len(example)) for example in examples])[None].to(device)
+    segments = Segments([[len(example) for example in examples]], ids.shape[1]) if attends_by_segments(model) else None
+    with segments_are(segments):
+        output = model(input_ids=ids, position_ids=positions, use_cache=False)
     return output.logits[0].float()  # type: ignore[no-any-return]

@@ -1,0 +1,375 @@
+"""Causal attention of packed or padded rows, each example by itself: transformers' attention function `segments`, for CPUs.
+
+PyTorch's kernel for CPUs takes a dense mask to tell the examples of a row apart, and computes and reads all of it. Here every
+example is its own product of queries and keys, in blocks of queries that stay in cache; backward computes the probabilities
+again, so nothing is kept but queries, keys and values. Which positions are an example comes as Python integers with the batch, so
+no shape depends on values.
+
+Shapes: R rows, T positions of a row, H query heads, G heads of keys and values, M = H / G, L positions of an example, B examples
+times G, D size of a head (of values: E), Q queries and K keys of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "segments"
+"""Under which transformers knows this attention."""
+
+BLOCK_ELEMENTS = 2**19
+"""Scores of a block: 1 MiB in bfloat16, what a core's second cache holds."""
+
+BLOCK_QUERIES = 128
+"""Queries of a block of a long example: what lies above the diagonal is computed for the last block of keys only."""
+
+GROUPED_LENGTH = 64
+"""Examples up to this length are computed several at once, padded to the longest; longer ones fill the cores alone."""
+
+GROUPED_TOKENS = 1024
+GROUPED_WASTE = 1.125
+"""A group's positions, with padding, to those of its examples: at most."""
+
+
+class Unsuited(ValueError):
+    """This attention cannot do what a model asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Examples computed at once."""
+
+    where: tuple[tuple[int, int], ...]
+    """First position, counted over all rows, and length of each."""
+    length: int
+    """Of the longest."""
+    index: Tensor | None
+    """Of every position of every example, its number among those of all rows, one past their end for padding; None for a single
+    example."""
+    padding: Tensor | None
+    """Where padding is, examples x L; None where there is none."""
+
+
+class Segments:
+    """Where the examples of a batch are. Opaque to models: it goes through them in the place of an attention mask."""
+
+    def __init__(self, lengths: Sequence[Sequence[int]], width: int, *, device: str | torch.device = "cpu") -> None:
+        """`lengths`: of every row's examples, in their order from its start; what is left of `width` is padding."""
+        self.rows, self.width, self.window = len(lengths), width, 0
+        self.uses: list[str] = []
+        """Classes of the modules that attended with these segments, one entry a time."""
+        where = []
+        for row, inside in enumerate(lengths):
+            first = row * width
+            for length in inside:
+                where.append((first, length))
+                first += length
+        self.padded = sum(length for _, length in where) < self.rows * width
+        self.groups = tuple(_group(members, self.rows * width, device) for members in _alike(where))
+
+    def windowed(self, window: int) -> Segments:
+        """The same for layers whose positions see the last `window` ones only, themselves included."""
+        other = Segments.__new__(Segments)
+        other.__dict__.update(self.__dict__, window=window)
+        return other
+
+
+def _alike(where: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Examples that are computed together: short ones of similar length."""
+    members: list[tuple[int, int]] = []
+    real = 0
+    for entry in sorted(where, key=lambda entry: -entry[1]):
+        longest = members[0][1] if members else 0
+        padded = (len(members) + 1) * longest
+        if members and (longest > GROUPED_LENGTH or padded > min(GROUPED_TOKENS, GROUPED_WASTE * (real + entry[1]))):
+            yield members
+            members, real = [], 0
+        members.append(entry)
+        real += entry[1]
+    if members:
+        yield members
+
+
+def _group(where: Sequence[tuple[int, int]], end: int, device: str | torch.device) -> _Group:
+    length = max(own for _, own in where)
+    if len(where) == 1:
+        return _Group(where=tuple(where), length=length, index=None, padding=None)
+    numbers = [first + t if t < own else end for first, own in where for t in range(length)]
+    padding = None
+    if any(own < length for _, own in where):
+        padding = torch.tensor([[t >= own for t in range(length)] for _, own in where], device=device)
+    return _Group(where=tuple(where), length=length, index=torch.tensor(numbers, device=device), padding=padding)
+
+
+_CURRENT: ContextVar[Segments | None] = ContextVar("segments", default=None)
+
+
+@contextlib.contextmanager
+def segments_are(segments: Segments | None) -> Iterator[None]:
+    """The context of a forward pass over a batch whose examples lie like this; None: masks are built as transformers does."""
+    token = _CURRENT.set(segments)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def register() -> None:
+    """Make `attn_implementation="segments"` known to transformers. Where no segments are said, it is `sdpa`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+
+
+def mask_function(**options: Any) -> Any:
+    """What transformers takes for the attention mask: the batch's segments, else the mask that `sdpa` takes."""
+    from transformers.masking_utils import sdpa_mask
+
+    segments = _CURRENT.get()
+    plain = options["q_length"] == options["kv_length"] and options.get("attention_mask") is None
+    bidirectional = "allow_is_bidirectional_skip" in options
+    overlaid = options.get("use_vmap", False)  # a model's own additions to the causal mask
+    chunked = getattr(options.get("config"), "attention_chunk_size", None) is not None
+    if segments is None or not plain or bidirectional or overlaid or chunked:
+        return sdpa_mask(**options)
+    if segments.width != options["q_length"] or segments.rows != options["batch_size"]:
+        return sdpa_mask(**options)
+    local = options.get("local_size")
+    return segments if local is None else segments.windowed(local)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' signature. query: R H T D; key, value: R G T D; the result: R T H E.
+
+    Raises Unsuited for dropout and for attention that is not plain softmax (soft caps, sinks, biases).
+    """
+    if not isinstance(attention_mask, Segments):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **options
+        )
+        return usual
+    if dropout:
+        raise Unsuited(f"{type(module).__name__} drops attention probabilities out")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise Unsuited(f"the attention of {type(module).__name__} has a {name}")
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise Unsuited(f"{type(module).__name__} attends to both sides")
+    attention_mask.uses.append(type(module).__name__)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return segment_attention(query, key, value, attention_mask, scale=scale), None
+
+
+def attends_by_segments(model: nn.Module) -> bool:
+    """Whether a model was built with this attention."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "_attn_implementation", None) == NAME
+
+
+@torch.no_grad()
+def unsuited(model: nn.Module) -> str:
+    """Why this attention does not serve a model, or nothing. `model`: built with it, on the meta device, where it runs once."""
+    ids = torch.zeros((1, 8), dtype=torch.long, device="meta")
+    segments = Segments([[5, 3]], 8, device="meta")
+    name, training = type(model).__name__, model.training
+    model.train()
+    try:
+        with segments_are(segments), _no_questions():
+            model(input_ids=ids)
+    except Unsuited as error:
+        return str(error)
+    except Exception as error:  # whatever foreign code raises that takes the segments for a mask, or runs on real tensors only
+        return f"{name} cannot run with it ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    finally:
+        model.train(training)
+    return "" if segments.uses else f"{name} masks or computes attention in a way of its own"
+
+
+@contextlib.contextmanager
+def _no_questions() -> Iterator[None]:
+    """Keep transformers from asking for values while it prepares masks; tensors on the meta device have none."""
+    from transformers import masking_utils
+
+    original = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = original
+
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float) -> Tensor:
+    """Causal softmax attention within each example. query: R H T D; key: R G T D; value: R G T E; the result: R T H E, zero where
+    padding is. Probabilities are in the format of the queries, softmax inside is in float32."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    result: Tensor = _SegmentAttention.apply(  # type: ignore[no-untyped-call]
+        query.to(dtype), key.to(dtype), value.to(dtype), segments, scale
+    )
+    return result
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.segments, ctx.scale = segments, scale
+        sources = [_positions(tensor) for tensor in (query, key, value)]
+        result = _Rows(query.shape[1], value.shape[-1], segments, query)
+        with torch.autocast("cpu", enabled=False):
+            for group in segments.groups:
+                q, k, v = (_gather(source, group) for source in sources)
+                result.put(group, _forward(q, k, v, scale, segments.window))
+        return result.tensor()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        segments, tensors = ctx.segments, ctx.saved_tensors
+        sources = [_positions(tensor) for tensor in tensors]
+        sources.append(gradient.flatten(0, 1))
+        results = [_Rows(tensor.shape[1], tensor.shape[-1], segments, tensor) for tensor in tensors]
+        for group in segments.groups:
+            q, k, v, g = (_gather(source, group) for source in sources)
+            if group.padding is not None:
+                g.masked_fill_(group.padding[:, None, :, None], 0)
+            for result, part in zip(results, _backward(q, k, v, g, ctx.scale, segments.window), strict=True):
+                result.put(group, part)
+        return *(result.tensor().transpose(1, 2) for result in results), None, None
+
+
+def _positions(tensor_RHTD: Tensor) -> Tensor:
+    """The positions of all rows one after the other: (R T) H D. No copy where the projection gave R T H D."""
+    return tensor_RHTD.transpose(1, 2).flatten(0, 1)
+
+
+def _gather(source: Tensor, group: _Group) -> Tensor:
+    """The group's examples, N H L D, from (R T) H D. Padding repeats the last position."""
+    if group.index is None:
+        ((first, length),) = group.where
+        return source.narrow(0, first, length).transpose(0, 1).contiguous()[None]
+    found = source.index_select(0, group.index.clamp(max=source.shape[0] - 1))
+    examples: Tensor = found.unflatten(0, (len(group.where), group.length))
+    return examples.transpose(1, 2).contiguous()
+
+
+class _Rows:
+    """A result that groups fill in: R T H D. One position more takes what becomes of padding."""
+
+    def __init__(self, heads: int, size: int, segments: Segments, like: Tensor) -> None:
+        self._shape = (segments.rows, segments.width, heads, size)
+        count = segments.rows * segments.width
+        make = like.new_zeros if segments.padded else like.new_empty
+        self._values = make((count + 1, heads, size))
+
+    def put(self, group: _Group, part_NHLD: Tensor) -> None:
+        by_position = part_NHLD.transpose(1, 2)
+        if group.index is None:
+            ((first, length),) = group.where
+            self._values.narrow(0, first, length).copy_(by_position[0])
+        else:
+            self._values.index_copy_(0, group.index, by_position.flatten(0, 1))
+
+    def tensor(self) -> Tensor:
+        return self._values[:-1].view(self._shape)
+
+
+def _blocks(q_BMLD: Tensor, window: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(batch, queries, keys) of the blocks of a group."""
+    batch, sharing, length, _ = q_BMLD.shape
+    for first in range(0, length, BLOCK_QUERIES):
+        last = min(first + BLOCK_QUERIES, length)
+        keys = slice(max(first - window + 1, 0) if window else 0, last)
+        together = max(BLOCK_ELEMENTS // (sharing * (last - first) * (last - keys.start)), 1)
+        for start in range(0, batch, together):
+            yield slice(start, start + together), slice(first, last), keys
+
+
+def _hidden(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
+    """Which keys a query does not see, Q K: those behind it and those before its window."""
+    shape = (queries.stop - queries.start, keys.stop - keys.start)
+    offset = queries.start - keys.start
+    hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu_(offset + 1)
+    if window:
+        hidden |= torch.ones(shape, dtype=torch.bool, device=like.device).tril_(offset - window)
+    return hidden
+
+
+def _probabilities(q_BXD: Tensor, k_BKD: Tensor, hidden_QK: Tensor, scale: float) -> Tensor:
+    """Softmax of the scores that are seen, B X K; X runs over heads that share keys, then queries."""
+    scores = _product(q_BXD, k_BKD.transpose(1, 2), scale)
+    scores.unflatten(1, (-1, hidden_QK.shape[0])).masked_fill_(hidden_QK, float("-inf"))
+    return torch.softmax(scores, -1)
+
+
+def _product(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(one.new_empty(()), one, other, beta=0, alpha=scale)
+
+
+def _shared(tensor_NHLD: Tensor, groups: int) -> Tensor:
+    """Heads by the keys they share: (N G) M L D."""
+    shared: Tensor = tensor_NHLD.unflatten(1, (groups, -1))
+    return shared.flatten(0, 1)
+
+
+def _forward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, scale: float, window: int) -> Tensor:
+    examples, groups = k_NGLD.shape[:2]
+    q, k, v = _shared(q_NHLD, groups), k_NGLD.flatten(0, 1), v_NGLE.flatten(0, 1)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    for batch, queries, keys in _blocks(q, window):
+        hidden = _hidden(queries, keys, window, q)
+        p = _probabilities(q[batch, :, queries].flatten(1, 2), k[batch, keys], hidden, scale)
+        _put_product(out[batch, :, queries], p, v[batch, keys])
+    return out.view(examples, -1, *out.shape[2:])
+
+
+def _backward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, g_NHLE: Tensor, scale: float, window: int) -> list[Tensor]:
+    """The gradients of queries, keys and values."""
+    groups = k_NGLD.shape[1]
+    q, g = _shared(q_NHLD, groups), _shared(g_NHLE, groups)
+    k, v = k_NGLD.flatten(0, 1), v_NGLE.flatten(0, 1)
+    several = q.shape[2] > BLOCK_QUERIES  # then blocks of queries add to the same keys, in float32
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(part, dtype=torch.float32) if several else torch.empty_like(part) for part in (k, v))
+    for batch, queries, keys in _blocks(q, window):
+        hidden = _hidden(queries, keys, window, q)
+        some_q, some_g = q[batch, :, queries].flatten(1, 2), g[batch, :, queries].flatten(1, 2)
+        p = _probabilities(some_q, k[batch, keys], hidden, scale)
+        dp = torch.bmm(some_g, v[batch, keys].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        _put_product(dq[batch, :, queries], ds, k[batch, keys], scale)
+        if several:
+            dk[batch, keys] += _product(ds.transpose(1, 2), some_q, scale)
+            dv[batch, keys] += torch.bmm(p.transpose(1, 2), some_g)
+        else:
+            _put_product(dk[batch], ds.transpose(1, 2), some_q, scale)
+            _put_product(dv[batch], p.transpose(1, 2), some_g)
+    parts = (dq.view(q_NHLD.shape), dk.view(k_NGLD.shape), dv.view(v_NGLE.shape))
+    return [part.to(q.dtype) for part in parts]
+
+
+def _put_product(place: Tensor, one: Tensor, other: Tensor, scale: float = 1.0) -> None:
+    """Write a product to its place in a result, at once where that is contiguous."""
+    if place.is_contiguous():
+        flat = place.view(one.shape[0], one.shape[1], other.shape[2])
+        torch.baddbmm(flat, one, other, beta=0, alpha=scale, out=flat)
+    else:
+        place.copy_(_product(one, other, scale).view(place.shape))
