@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sartor
-from sartor.errors import RunError
+from sartor.errors import JobError, RunError
 from sartor.train import read_metrics
 from support import conversations, make_model, write_jsonl
 
@@ -80,7 +80,8 @@ def test_the_same_job_gives_the_same_run(job_tree: dict[str, Any], tmp_path: Pat
 
 
 def test_models_that_mix_packed_examples_are_not_packed(job_tree: dict[str, Any], tmp_path: Path) -> None:
-    """OPT takes position ids but builds its mask without them: the check on the real model finds out, and says so."""
+    """OPT takes position ids but builds its mask without them: the check on the real model finds out. With attention by segments
+    there is no mask, and it can be packed."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(job_tree["model"])
@@ -97,8 +98,14 @@ def test_models_that_mix_packed_examples_are_not_packed(job_tree: dict[str, Any]
         def said(self, text: str) -> None:
             said.append(text)
 
-    sartor.train({**job_tree, "model": str(tmp_path / "opt")}, observers=[Listener()])
-    assert any("not packed after all" in text for text in said)
+    tree = {**job_tree, "model": str(tmp_path / "opt"), "training": {**job_tree.get("training", {}), "max_steps": 1}}
+    assert sartor.plan(tree).strategy.packing
+    sartor.train(tree, observers=[Listener()])
+    assert not any("not packed after all" in text for text in said)
+    dense = {"strategy": {"attention": "sdpa"}, "output": str(tmp_path / "dense")}
+    assert not sartor.plan({**tree, **dense}).strategy.packing
+    with pytest.raises(JobError, match="see each other"):
+        sartor.train({**tree, **dense, "data": {**tree["data"], "packing": True}})
 
 
 def test_one_of_several_processes_is_refused(job_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
