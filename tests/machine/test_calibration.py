@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from machine_trees import write_tree
 from sartor.errors import UsageError
 from sartor.job.schema import MachineJob
 from sartor.machine import Machine, calibrate, find_calibration, load_calibration, measure_collectives, probe
@@ -222,6 +223,36 @@ def test_the_cache_is_where_others_look_for_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert cache_folder("machines") == Path("/home/me/.cache/sartor/machines")
+
+
+@pytest.mark.parametrize("case", [(0.05, 0, True), (0.2, 1, True), (0.8, 1, False)])
+def test_what_others_spoilt_is_not_kept(
+    machine: Machine,
+    measured: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    waited: float,
+    notes: int,
+    kept: bool,
+) -> None:
+    room = sys.modules["sartor.machine.calibrate"]
+    monkeypatch.setattr(room, "device_rates", lambda *_, **__: measured.device)
+    monkeypatch.setattr(room, "_waited", lambda *_: waited)
+    monkeypatch.setattr("sartor.machine.measure_links.DISK_BYTES", 2**22)
+    found = calibrate(machine, folder=tmp_path)
+    assert len(found.notes) == notes
+    assert all(("not kept" in note) != kept for note in found.notes)
+    assert load_calibration(machine) == (found if kept else None)
+
+
+def test_waiting_is_counted_over_all_threads(tmp_path: Path) -> None:
+    room = sys.modules["sartor.machine.calibrate"]
+    for thread, text in {"1": "700 200 9", "2": "100 0 1", "3": "odd"}.items():
+        write_tree(tmp_path, {f"proc/self/task/{thread}/schedstat": text})
+    assert room._ran_and_waited(tmp_path) == (800, 200)
+    assert room._waited((0, 0), (800, 200)) == 0.2
+    assert room._waited((800, 200), (800, 200)) == 0
+    assert room._ran_and_waited(tmp_path / "none") == (0, 0)
 
 
 def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:

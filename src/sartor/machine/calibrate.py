@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
 from sartor.errors import UsageError, writing
@@ -18,11 +16,13 @@ from sartor.machine.clock import Clock
 from sartor.machine.measure import device_rates
 from sartor.machine.measure_links import disk_rate, link_rate
 from sartor.machine.probe import Machine, probe
+from sartor.machine.topology import ROOT, read_text
 
 LIMIT_SECONDS = 24.0
 """For the rates of one device; what is not measured by then is left out, with a note."""
-_BUSY_SHARE = 0.1
-"""Of the processors' time spent on other processes while measuring: from here on it is worth a note."""
+_DISTURBED, _SPOILT = 0.1, 0.3
+"""Shares of its time that measuring waited for a processor: from the first on that is worth a note, from the second on the
+rates say more of the other processes than of the machine, and are not kept."""
 
 
 def calibrate(
@@ -41,7 +41,7 @@ def calibrate(
         with writing(place):  # said before the measuring, not after it
             place.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
-    start, busy_before = time.perf_counter(), _others_seconds()
+    start, before = time.perf_counter(), _ran_and_waited()
     device, processor = torch.device(machine.device.torch_name), torch.device("cpu")
     host = link = None
     with _set_up(machine, device):
@@ -55,11 +55,10 @@ def calibrate(
     say(f"disk of {folder or Path.cwd()}")
     disk = disk_rate(folder or Path.cwd(), notes)
     seconds = time.perf_counter() - start
-    busy = (_others_seconds() - busy_before) / (seconds * (os.cpu_count() or 1))
-    if busy > _BUSY_SHARE:
-        notes.append(
-            f"other processes used {busy:.0%} of the processors meanwhile: rates may be too low; measure again when idle"
-        )
+    share = _waited(before, _ran_and_waited())
+    if share > _DISTURBED:
+        kept = "" if share < _SPOILT or not keep else "not kept: "
+        notes.append(f"{kept}other processes kept it waiting {share:.0%} of the time; measure again when the machine is idle")
     calibration = Calibration(
         version=CALIBRATION_VERSION,
         key=calibration_key(machine),
@@ -71,7 +70,7 @@ def calibrate(
         link=link,
         notes=tuple(notes),
     )
-    if keep:
+    if keep and share < _SPOILT:
         save_calibration(calibration)
     return calibration
 
@@ -95,8 +94,14 @@ def _largest_bytes(machine: Machine) -> int:
     return min(max(2**27, 4 * cached), 2**30, machine.host.available_bytes // 16)
 
 
-def _others_seconds() -> float:
-    """Processor time that this machine spent on other processes, and that other machines took from it, since it started."""
-    spent, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    idle = spent.idle + getattr(spent, "iowait", 0.0) + getattr(spent, "guest", 0.0) + getattr(spent, "guest_nice", 0.0)
-    return sum(spent) - idle - own.user - own.system
+def _ran_and_waited(root: Path = ROOT) -> tuple[int, int]:
+    """Nanoseconds that this process's threads ran, and that they were ready to run but others did; zeros where not counted."""
+    counts = [read_text(path).split() for path in (root / "proc/self/task").glob("*/schedstat")]
+    known = [(int(words[0]), int(words[1])) for words in counts if len(words) == 3]
+    return sum(ran for ran, _ in known), sum(waited for _, waited in known)
+
+
+def _waited(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """Share of the time between that was waiting."""
+    ran, waited = (max(end - start, 0) for start, end in zip(before, after, strict=True))
+    return waited / max(ran + waited, 1)

@@ -175,7 +175,7 @@ def _matmul(rates: Sequence[MatmulRate]) -> Table:
     layers = Counter((rate.n, rate.k) for rate in plain if min(rate.n, rate.k) >= 64)
     layer = max(layers, key=lambda shape: (layers[shape], shape == (768, 768), shape), default=(0, 0))
     rows = sorted({rate.m for rate in plain if (rate.n, rate.k) == layer})
-    table = _grid([f"{layer[1]} to {layer[0]}, rows", *map(str, rows), "best of all"])
+    table = _grid([f"{layer[1]} to {layer[0]}, rows" if rows else "", *map(str, rows), "best of all"])
     found = {(rate.dtype, rate.m): rate.flops_per_second for rate in plain if (rate.n, rate.k) == layer}
     for dtype in _of(rates):
         best = max(rate.flops_per_second for rate in rates if rate.dtype == dtype)
