@@ -227,14 +227,9 @@ def test_the_cache_is_where_others_look_for_it(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("case", [(0.05, 0, True), (0.2, 1, True), (0.8, 1, False)])
 def test_what_others_spoilt_is_not_kept(
-    machine: Machine,
-    measured: Calibration,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    waited: float,
-    notes: int,
-    kept: bool,
+    machine: Machine, measured: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[float, int, bool]
 ) -> None:
+    waited, notes, kept = case
     room = sys.modules["sartor.machine.calibrate"]
     monkeypatch.setattr(room, "device_rates", lambda *_, **__: measured.device)
     monkeypatch.setattr(room, "_waited", lambda *_: waited)
