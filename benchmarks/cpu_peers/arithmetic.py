@@ -1,0 +1,67 @@
+"""The useful arithmetic of fine-tuning, and how much of it this machine can do in a second.
+
+Counted is what the result needs, and nothing that a way of computing adds (padding, recomputation, a head over positions whose
+loss is not wanted). A product of a (rows × inputs) and a (inputs × outputs) matrix is 2 · rows · inputs · outputs operations. For
+an example of L tokens, K of which are predicted by a position that counts in the loss:
+
+    layers     forward 2·N·L with N weights in the layers' matrices; backward 2·N·L for the gradient of the inputs, and 2·N·L for
+               the gradient of the weights where they train (method full); where they do not (method lora), nobody needs the
+               gradient of what the first layer's query, key and value read, and it is not counted
+    adapters   6·A·L with A weights in LoRA's matrices (method lora): forward, and backward for inputs and weights
+    head       2·V·W·K forward, as much for the gradient of its input, and with method full as much for its own
+    attention  a position sees itself and what is before it: L·(L+1)/2 pairs; two products of width W forward, four backward, in
+               every layer: 6 · 2·W · L·(L+1)/2
+
+Element-wise work, the embedding's lookup and the optimizer are left out: they are bound by memory, not arithmetic.
+
+`python arithmetic.py` prints the machine's best rates of a matrix product as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+
+def matrices(shape: dict[str, Any]) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix of a layer."""
+    width, inner = shape["width"], shape["intermediate"]
+    return [(width, width)] * 4 + [(width, inner)] * 2 + [(inner, width)]
+
+
+def useful_flops(shape: dict[str, Any], method: str, rank: int, *, length: int, counted: int) -> int:
+    """Operations of one step's share for one example: `length` tokens, `counted` of them predicted."""
+    layer = matrices(shape)
+    weights = shape["layers"] * sum(inputs * outputs for inputs, outputs in layer)
+    adapters = shape["layers"] * rank * sum(inputs + outputs for inputs, outputs in layer)
+    head = 2 * shape["vocabulary"] * shape["width"] * counted
+    attention = shape["layers"] * 6 * shape["width"] * length * (length + 1)
+    if method == "full":
+        return 6 * weights * length + 3 * head + attention
+    first = 2 * 3 * shape["width"] ** 2
+    return (4 * weights - first + 6 * adapters) * length + 2 * head + attention
+
+
+def gemm_rates(seconds: float = 0.4) -> dict[str, float]:
+    """The best rate of several products in operations per second, by format."""
+    import torch
+
+    sizes = [(1024, 768, 768), (1024, 768, 2048), (1024, 2048, 768), (2048, 1280, 3456), (2048, 2048, 2048), (4096, 4096, 4096)]
+    rates: dict[str, float] = {}
+    for name in ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
+        for rows, inputs, outputs in sizes:
+            a, b = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+            result = torch.empty(rows, outputs, dtype=dtype)
+            torch.mm(a, b.t(), out=result)
+            end = time.perf_counter() + seconds
+            while (start := time.perf_counter()) < end:
+                torch.mm(a, b.t(), out=result)
+                rate = 2 * rows * inputs * outputs / (time.perf_counter() - start)
+                rates[name] = max(rates.get(name, 0.0), rate)
+    return rates
+
+
+if __name__ == "__main__":
+    print(json.dumps(gemm_rates()))

@@ -1,0 +1,73 @@
+"""Who takes part: Sartor and its peers, each as its documentation recommends for a CPU, and variants of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """One way to fine-tune. Without a script it is Sartor's command line with `overrides`."""
+
+    package: str
+    """What must be importable; the name of --peer-python."""
+    script: str | None = None
+    overrides: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Options that method lora has besides."""
+    float32: bool = False
+    """Computes in float32, so that losses agree but for the order of sums."""
+
+    def options_of(self, method: str) -> dict[str, Any]:
+        return self.options | (self.lora if method == "lora" else {})
+
+
+_BF16 = {"bf16": True, "fused": True}
+_TUNED = {**_BF16, "group": True, "workers": 1}
+# Frozen weights stored in bfloat16 are read without a cast at every use.
+_FROZEN = {"weights": "bfloat16"}
+_COMPILED = {**_TUNED, "compile": True}
+
+
+ENTRANTS = {
+    "sartor": Entrant(package="sartor"),
+    "sartor-float32": Entrant(package="sartor", overrides=("precision=float32",), float32=True),
+    # Two processes, each bound to its part of the machine, against one that uses all of it.
+    "sartor-2-processes": Entrant(package="sartor", overrides=("strategy.processes=2",)),
+    # (a) Hugging Face's Trainer, PEFT for LoRA: nothing set but the batch
+    "hf": Entrant(package="transformers", script="hf_trainer.py", float32=True),
+    # (b) the same tuned: bf16 autocast, fused AdamW, batches of like length, a worker
+    "hf-tuned": Entrant(package="transformers", script="hf_trainer.py", options=_TUNED, lora=_FROZEN),
+    "hf-tuned-compile": Entrant(package="transformers", script="hf_trainer.py", options=_COMPILED, lora=_FROZEN),
+    # All in bfloat16, master weights and moments too: fast, but small updates are rounded away.
+    "hf-bf16": Entrant(
+        package="transformers", script="hf_trainer.py", options={"fused": True, "group": True, "workers": 1, **_FROZEN}
+    ),
+    "trl": Entrant(package="trl", script="trl_sft.py", options=_TUNED, lora=_FROZEN),
+    "trl-packed": Entrant(package="trl", script="trl_sft.py", options={**_BF16, "packing": True, "workers": 1}, lora=_FROZEN),
+    "trl-padding-free": Entrant(
+        package="trl", script="trl_sft.py", options={**_BF16, "padding_free": True, "workers": 1}, lora=_FROZEN
+    ),
+    # (c) tools with loops of their own
+    "llamafactory": Entrant(package="llamafactory", script="llamafactory_sft.py", options=_TUNED),
+    "litgpt": Entrant(package="litgpt", script="litgpt_finetune.py", options={"precision": "bf16-mixed"}),
+    "litgpt-bf16": Entrant(package="litgpt", script="litgpt_finetune.py", options={"precision": "bf16-true"}),
+}
+
+STANDARD = ("sartor", "hf", "hf-tuned", "trl", "litgpt")
+"""Those of the full benchmark: of a peer's variants the fastest."""
+
+
+def versions(python: str) -> dict[str, str]:
+    """What a peer's Python has installed of what matters."""
+    script = (
+        "import json, importlib.metadata as m\nfound = {}\n"
+        "for n in ('torch', 'transformers', 'peft', 'accelerate', 'trl', 'litgpt', 'lightning', 'llamafactory'):\n"
+        "    try: found[n] = m.version(n)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
+    )
+    found: dict[str, str] = json.loads(subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout)
+    return found

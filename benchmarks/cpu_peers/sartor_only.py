@@ -1,0 +1,81 @@
+"""What concerns Sartor alone: bf16 against its float32 reference, and the time to the first step."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import yaml
+
+from cpu_peers.entrants import Entrant
+
+HELD_OUT = 0.05
+STEP_BAR, HELD_OUT_BAR = 0.005, 0.003
+
+
+def curve(bench: Any, shape: str, method: str, modes: list[str], steps: int) -> dict[str, Any]:
+    """`steps` steps in float32 and in every mode, the same examples in the same order; relative differences of the losses."""
+    examples = round(steps * bench.batch / (1 - HELD_OUT)) + bench.batch
+    job = bench.job(f"curve-{shape}-{method}", shape, method, examples, evaluation={"fraction": HELD_OUT, "generate": 0})
+    tree = yaml.safe_load(job.read_text(encoding="utf-8"))
+    tree["training"]["max_steps"] = steps
+    job.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    print(f"\n{shape} {method}: {steps} steps of {bench.batch} examples")
+    runs = {mode: _whole(bench, job, mode) for mode in ["float32", *modes]}
+    reference = runs["float32"]
+    for mode in modes:
+        run = runs[mode]
+        apart = [abs(ours / other - 1) for ours, other in zip(run["losses"], reference["losses"], strict=True)]
+        run["largest_step_difference"] = max(apart)
+        run["held_out_difference"] = abs(run["held_out_loss"] / reference["held_out_loss"] - 1)
+        good = run["largest_step_difference"] <= STEP_BAR and run["held_out_difference"] <= HELD_OUT_BAR
+        print(
+            f"  {mode} ({run['precision']}): largest difference of a step {max(apart):.3%} (step {apart.index(max(apart)) + 1}, "
+            f"bar {STEP_BAR:.1%}), held-out loss {run['held_out_loss']:.4f} against {reference['held_out_loss']:.4f}: "
+            f"{run['held_out_difference']:.3%} (bar {HELD_OUT_BAR:.1%}): {'within' if good else 'NOT within'} the bars"
+        )
+    return {"shape": shape, "method": method, "steps": steps, "runs": runs}
+
+
+def _whole(bench: Any, job: Any, mode: str) -> dict[str, Any]:
+    """A run to its end, the last held-out loss included: losses of all steps, and the precision that was planned."""
+    import json
+    import subprocess
+    import sys
+
+    folder = bench.scratch / f"run-{job.stem}-{mode}"
+    command = [sys.executable, "-m", "sartor", "train", str(job), f"precision={mode}", f"output={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=bench.environment())
+    if done.returncode != 0:
+        raise SystemExit(f"precision={mode}: {done.stderr.strip()[-1500:]}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plan = yaml.safe_load((folder / "plan.yaml").read_text(encoding="utf-8"))
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    shutil.rmtree(folder)
+    return {
+        "precision": plan["strategy"]["precision"]["mode"],
+        "losses": [line["loss"] for line in steps],
+        "held_out_before": held_out[0],
+        "held_out_loss": held_out[-1],
+        "tokens_per_second": sum(line["tokens"] for line in steps) / steps[-1]["seconds"],
+    }
+
+
+def first_step(bench: Any, shape: str, method: str, runs: int = 3) -> dict[str, Any]:
+    """Seconds from `sartor train` to the end of the first step: once with empty caches, then with what that left behind."""
+    job = bench.job(f"first-{shape}-{method}", shape, method, 96)
+    sartor = Entrant(package="sartor")
+    for name in ("cache", "inductor"):
+        shutil.rmtree(bench.scratch / name, ignore_errors=True)
+    seconds = []
+    for _ in range(1 + runs):
+        # Two steps: what is compiled for the second only must not look free.
+        done = bench.run(sartor, job, steps=2)
+        if done.failure:
+            raise SystemExit(done.failure)
+        seconds.append(done.times)
+    cold, warm = seconds[0], min(seconds[1:])
+    print(f"\n{shape} {method}: the first step ends after {cold[0]:.1f} s cold, {warm[0]:.1f} s warm")
+    print(f"  the second after {cold[1]:.1f} s and {warm[1]:.1f} s")
+    return {"shape": shape, "method": method, "cold": seconds[0], "warm": seconds[1:]}
