@@ -125,7 +125,9 @@ class Bench:
                 metrics, environment = Path(folder) / "metrics.jsonl", self.environment(peer=True)
                 task = self._task(entrant, job, Path(folder), steps, in_order)
                 command = [self.pythons[entrant.package], str(SCRIPTS / entrant.script), str(task)]
-            return watch(command, metrics, steps=steps, environment=environment, limit_seconds=RUN_LIMIT_SECONDS)
+            return watch(
+                command, metrics, steps=steps, environment=environment | entrant.variables, limit_seconds=RUN_LIMIT_SECONDS
+            )
 
     def _task(self, entrant: Entrant, job: Path, folder: Path, steps: int, in_order: bool) -> Path:
         tree = json.loads(job.read_text(encoding="utf-8"))

@@ -6,12 +6,13 @@ an example of L tokens, K of which are predicted by a position that counts in th
 
     layers     forward 2·N·L with N weights in the layers' matrices; backward 2·N·L for the gradient of the inputs, and 2·N·L for
                the gradient of the weights where they train (method full); where they do not (method lora), nobody needs the
-               gradient of what the first layer's query, key and value read, and it is not counted
+               gradient of what the first layer's query, key and value read, and it is not counted (nor their adapters')
     adapters   6·A·L with A weights in LoRA's matrices (method lora): forward, and backward for inputs and weights
     head       2·V·W·K forward, as much for the gradient of its input, and with method full as much for its own
     attention  a position sees itself and what is before it: L·(L+1)/2 pairs; two products of width W forward, four backward, in
                every layer: 6 · 2·W · L·(L+1)/2
 
+`torch.utils.flop_counter` counts as much over a Llama of transformers, forward and backward (but for attention's causal half).
 Element-wise work, the embedding's lookup and the optimizer are left out: they are bound by memory, not arithmetic.
 
 `python arithmetic.py` prints the machine's best rates of a matrix product as JSON.
@@ -39,7 +40,7 @@ def useful_flops(shape: dict[str, Any], method: str, rank: int, *, length: int, 
     attention = shape["layers"] * 6 * shape["width"] * length * (length + 1)
     if method == "full":
         return 6 * weights * length + 3 * head + attention
-    first = 2 * 3 * shape["width"] ** 2
+    first = 2 * 3 * shape["width"] * (shape["width"] + rank)
     return (4 * weights - first + 6 * adapters) * length + 2 * head + attention
 
 

@@ -19,6 +19,8 @@ class Entrant:
     options: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     """Options that method lora has besides."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of the environment it runs in."""
     float32: bool = False
     """Computes in float32, so that losses agree but for the order of sums."""
 
@@ -30,6 +32,7 @@ _BF16 = {"bf16": True, "fused": True}
 _TUNED = {**_BF16, "group": True, "workers": 1}
 # Frozen weights stored in bfloat16 are read without a cast at every use.
 _FROZEN = {"weights": "bfloat16"}
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**26)}
 _COMPILED = {**_TUNED, "compile": True}
 
 
@@ -43,6 +46,10 @@ ENTRANTS = {
     # (b) the same tuned: bf16 autocast, fused AdamW, batches of like length, a worker
     "hf-tuned": Entrant(package="transformers", script="hf_trainer.py", options=_TUNED, lora=_FROZEN),
     "hf-tuned-compile": Entrant(package="transformers", script="hf_trainer.py", options=_COMPILED, lora=_FROZEN),
+    # Not in its documentation: glibc told to keep large blocks instead of giving their pages back and faulting them in again.
+    "hf-tuned-malloc": Entrant(
+        package="transformers", script="hf_trainer.py", options=_TUNED, lora=_FROZEN, variables=_KEEP_MEMORY
+    ),
     # All in bfloat16, master weights and moments too: fast, but small updates are rounded away.
     "hf-bf16": Entrant(
         package="transformers", script="hf_trainer.py", options={"fused": True, "group": True, "workers": 1, **_FROZEN}

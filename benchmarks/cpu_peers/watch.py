@@ -26,7 +26,6 @@ class Watched:
     """Largest resident memory of the process (of the largest, where it has children)."""
     failure: str
     """The end of what it said, where it ended before its last step; else nothing."""
-    output: str
 
 
 def watch(command: list[str], metrics: Path, *, steps: int, environment: dict[str, str], limit_seconds: float) -> Watched:
@@ -37,15 +36,17 @@ def watch(command: list[str], metrics: Path, *, steps: int, environment: dict[st
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
-        lines, times = _follow(process, metrics, steps, start, limit_seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the run and its workers
-        usage = process_usage(process)
+        try:
+            lines, times = _follow(process, metrics, steps, start, limit_seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: the run and its workers
+            usage = process_usage(process)
         said.seek(0)
         text = said.read().decode("utf-8", "replace")
     enough = len(lines) >= steps
     reason = f"after {time.perf_counter() - start:.0f} s and {len(lines)} of {steps} steps: {text.strip()[-1500:]}"
-    return Watched(lines=lines, times=times, peak_bytes=usage, failure="" if enough else reason, output=text)
+    return Watched(lines=lines, times=times, peak_bytes=usage, failure="" if enough else reason)
 
 
 _USAGE: dict[int, int] = {}
