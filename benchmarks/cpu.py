@@ -279,7 +279,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    names, pythons = available(options.only, options.peer_python)
+    alone = options.curve is not None or options.first_step
+    names, pythons = ([], {}) if alone else available(options.only, options.peer_python)
     jobs = [(shape, method) for shape in options.shapes for method in options.methods]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(scratch=Path(scratch), data=options.data.resolve(), pythons=pythons, batch=options.batch)

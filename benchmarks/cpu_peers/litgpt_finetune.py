@@ -70,6 +70,8 @@ class StepLines(Logger):
         """Nothing to keep."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if "iter_time" not in metrics:  # its throughput and memory, in between
+            return
         total = int(metrics["tokens"])
         self._metrics.write(int(metrics["step"]), float(metrics["loss"]), total - self._before)
         self._before = total
