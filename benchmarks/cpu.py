@@ -9,11 +9,13 @@
 Data are instructions and answers of Alpaca, the loss is on the answers; models are Llamas with random weights and GPT-2's
 vocabulary (the folder of --data holds data and tokenizer). Every run is a process of its own and one pass over the examples. Its
 speed is useful tokens (padding is not useful) per second from the end of the second step to the end of the last, by the parent's
-clock; memory is the largest resident memory of the process. Sartor runs through its command line, told of 50 passes (what pays in
-a long run is not left out), and is stopped after the first, like all others. "limit" is the share of the arithmetic limit: useful
-operations (`cpu_peers/arithmetic.py`) over time and the best bf16 product measured in the same round.
+clock; a CPU second is one that any core spent on the process, what to look at where others use the machine too. Memory is the
+largest resident memory of the process. Sartor runs through its command line, told of 50 passes (what pays in a long run is not
+left out), and is stopped after the first, like all others. "limit" is the share of the arithmetic limit: useful operations
+(`cpu_peers/arithmetic.py`) over time and the best bf16 product measured in the same round.
 
-A peer whose package the Python named for it (default: this one) cannot import is left out, and the output says so.
+Peers get a Python of their own, in which `pip install torch trl peft` (litgpt; llamafactory) was run: --peer-python names it.
+A peer whose package it (default: the Python that runs this) cannot import is left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -155,10 +157,11 @@ class Bench:
 def figures(run: Watched, flops_per_token: float, gemm: float) -> dict[str, Any]:
     """The figures of one run."""
     tokens = [line["tokens"] for line in run.lines]
-    seconds = run.times[-1] - run.times[WARM_UP_STEPS - 1]
-    rate = sum(tokens[WARM_UP_STEPS:]) / seconds
+    steady = sum(tokens[WARM_UP_STEPS:])
+    rate = steady / (run.times[-1] - run.times[WARM_UP_STEPS - 1])
     return {
         "tokens_per_second": rate,
+        "tokens_per_cpu_second": steady / (run.cpu_seconds[-1] - run.cpu_seconds[WARM_UP_STEPS - 1]),
         "limit_share": rate * flops_per_token / gemm,
         "peak_bytes": run.peak_bytes,
         "first_step_seconds": run.times[0],
@@ -199,7 +202,8 @@ def _line(made: dict[str, Any]) -> str:
     if "failed" in made:
         return f"FAILED {made['failed'][-300:]}"
     return (
-        f"{made['tokens_per_second']:7.0f} tokens/s  limit {made['limit_share']:4.0%}  {made['peak_bytes'] / 2**30:5.2f} GiB  "
+        f"{made['tokens_per_second']:7.0f} tokens/s ({made['tokens_per_cpu_second']:5.0f} a CPU second)  "
+        f"limit {made['limit_share']:4.0%}  {made['peak_bytes'] / 2**30:5.2f} GiB  "
         f"first step {made['first_step_seconds']:5.1f} s  last loss {made['losses'][-1]:.3f}"
     )
 

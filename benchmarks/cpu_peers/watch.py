@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 POLL_SECONDS = 0.01
 
 
@@ -22,6 +24,8 @@ class Watched:
 
     lines: list[dict[str, Any]]
     times: list[float]
+    cpu_seconds: list[float]
+    """Seconds of any core that the process and its children had used by then."""
     peak_bytes: int
     """Largest resident memory of the process (of the largest, where it has children)."""
     failure: str
@@ -37,7 +41,7 @@ def watch(command: list[str], metrics: Path, *, steps: int, environment: dict[st
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
         try:
-            lines, times = _follow(process, metrics, steps, start, limit_seconds)
+            lines, times, cpu = _follow(process, metrics, steps, start, limit_seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its own session: the run and its workers
@@ -46,7 +50,7 @@ def watch(command: list[str], metrics: Path, *, steps: int, environment: dict[st
         text = said.read().decode("utf-8", "replace")
     enough = len(lines) >= steps
     reason = f"after {time.perf_counter() - start:.0f} s and {len(lines)} of {steps} steps: {text.strip()[-1500:]}"
-    return Watched(lines=lines, times=times, peak_bytes=usage, failure="" if enough else reason)
+    return Watched(lines=lines, times=times, cpu_seconds=cpu, peak_bytes=usage, failure="" if enough else reason)
 
 
 _USAGE: dict[int, int] = {}
@@ -54,10 +58,11 @@ _USAGE: dict[int, int] = {}
 
 def _follow(
     process: subprocess.Popen[bytes], metrics: Path, steps: int, start: float, limit_seconds: float
-) -> tuple[list[dict[str, Any]], list[float]]:
+) -> tuple[list[dict[str, Any]], list[float], list[float]]:
     """The lines as they appear, until there are enough, the process has ended, or its time is up."""
     lines: list[dict[str, Any]] = []
     times: list[float] = []
+    cpu: list[float] = []
     offset, rest = 0, b""
     while len(lines) < steps and time.perf_counter() - start < limit_seconds:
         ended = _reap(process, block=False)
@@ -73,10 +78,21 @@ def _follow(
                 if "loss" in values:
                     lines.append(values)
                     times.append(now)
+                    cpu.append(_cpu_seconds(process.pid))
         if ended:
             break
         time.sleep(POLL_SECONDS)
-    return lines[:steps], times[:steps]
+    return lines[:steps], times[:steps], cpu[:steps]
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process and of those below it; nan where it is gone."""
+    try:
+        root = psutil.Process(pid)
+        used = [process.cpu_times() for process in [root, *root.children(recursive=True)]]
+    except psutil.Error:
+        return float("nan")
+    return sum(times.user + times.system for times in used)
 
 
 def _reap(process: subprocess.Popen[bytes], *, block: bool) -> bool:
