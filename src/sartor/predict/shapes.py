@@ -73,7 +73,7 @@ class Family:
         self, traces: Sequence[tuple[Shape, Sequence[Event]]], kinds: Mapping[int, str], *, virtual_tokens: int = 0
     ) -> None:
         """`kinds`: what storages are, as in a ledger. `virtual_tokens`: what the method puts before every row."""
-        ordered = [_settled(events) for _, events in traces]
+        ordered = [settled(events) for _, events in traces]
         first = ordered[0]
         if any(len(events) != len(first) for events in ordered):
             raise NotComparable("the number of allocations depends on the size of the micro-batch")
@@ -124,7 +124,7 @@ def _formula(sizes: Sequence[int], values: Sequence[Sequence[int]]) -> Formula:
     raise NotComparable("an allocation grows with the micro-batch in a way that is not known")
 
 
-def _settled(events: Sequence[Event]) -> list[Event]:
+def settled(events: Sequence[Event]) -> list[Event]:
     """The events, with releases that follow each other in the order of their storages: what is let go at one go comes in the
     order of some table."""
     settled: list[Event] = []

@@ -1,0 +1,163 @@
+"""The search: every candidate estimated, the fastest ones that should fit forecast, the first that fits taken.
+
+Estimates (`sartor.plan.estimate`) take milliseconds and only decide in which order candidates are forecast, and which are not:
+those far larger than the device, and those slower than one that fits. What is chosen has been forecast like any plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sartor.errors import JobError
+from sartor.job.units import format_bytes, format_seconds
+from sartor.plan.estimate import Estimator
+from sartor.plan.forecast import forecast_of
+from sartor.plan.plan import Rejected
+from sartor.plan.setting import Setting
+from sartor.plan.space import candidates
+from sartor.plan.strategy import Strategy
+from sartor.plan.timing import Timing, rates_of, traced_positions
+from sartor.predict import MemoryForecast
+from sartor.predict.shapes import NotComparable
+from sartor.predict.time import TimeForecast
+
+HOPELESS = 1.3
+"""A candidate whose estimate is so many times what there is is not forecast; estimates of sharded states were within a quarter."""
+LEAST_FORWARD_SHARE = 0.2
+"""Of a step, what computing the forward pass again adds at the very least: it is a third of the products, or half with adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search found. The forecast's verdict says whether it fits."""
+
+    strategy: Strategy
+    forecast: MemoryForecast
+    time: TimeForecast | None
+    rejected: tuple[Rejected, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Estimated:
+    strategy: Strategy
+    seconds: float
+    bytes: int
+
+
+def search(setting: Setting, row_capacity: int) -> Choice:
+    """The fastest candidate that fits, else the fastest that is tight, else the smallest. Raises JobError."""
+    everything = list(candidates(setting, row_capacity))
+    rates = rates_of(setting.machine)
+    timing = None if rates is None else Timing(setting, rates)
+    if timing is None or len(everything) == 1:
+        return _Walk(setting, timing).through(everything)
+    estimator = Estimator(setting, timing)
+    walk = _Walk(setting, timing, estimator)
+    keeping = [strategy for strategy in everything if not strategy.recompute]
+    again = [strategy for strategy in everything if strategy.recompute]
+    try:
+        walk.estimate(keeping)
+        if keeping and (choice := walk.first_fit(beyond=(1 + LEAST_FORWARD_SHARE) * walk.fastest if again else None)):
+            return choice
+        walk.estimate(again)
+    except JobError:
+        raise
+    except Exception as error:  # a foreign model's code under tracing, or a step that is not linear in its rows
+        reason = str(error) if isinstance(error, NotComparable) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return dataclasses.replace(_Walk(setting, timing).through(everything), note=f"strategies are not ranked by time: {reason}")
+    return walk.first_fit() or walk.last_resort()
+
+
+class _Walk:
+    """Candidates that were estimated, forecast, and rejected so far."""
+
+    def __init__(self, setting: Setting, timing: Timing | None, estimator: Estimator | None = None) -> None:
+        self.setting, self.timing, self.estimator = setting, timing, estimator
+        self.room = setting.machine.device.total_bytes
+        self.rejected: list[Rejected] = []
+        self.tight: tuple[Strategy, MemoryForecast] | None = None
+        self.worst: tuple[Strategy, MemoryForecast] | None = None
+        self.waiting: list[_Estimated] = []
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the fastest candidate, whether it fits or not."""
+        return min(entry.seconds for entry in self.waiting)
+
+    def estimate(self, strategies: list[Strategy]) -> None:
+        assert self.estimator is not None
+        for strategy in strategies:
+            time, size = self.estimator.time(strategy), self.estimator.bytes(strategy)
+            self.waiting.append(_Estimated(strategy=strategy, seconds=time.step_seconds, bytes=size))
+        self.waiting.sort(key=lambda entry: (entry.seconds, entry.bytes))
+
+    def first_fit(self, *, beyond: float | None = None) -> Choice | None:
+        """Forecast in order of time until one fits. `beyond`: slower ones wait, since others may be faster than they are."""
+        while self.waiting and (beyond is None or self.waiting[0].seconds <= beyond):
+            entry = self.waiting.pop(0)
+            if entry.bytes > HOPELESS * self.room:
+                self._reject(entry.strategy, f"does not fit: about {format_bytes(entry.bytes)} of {format_bytes(self.room)}")
+                self.rejected[-1] = dataclasses.replace(self.rejected[-1], step_seconds=entry.seconds)
+                continue
+            forecast = self._forecast(entry.strategy)
+            if forecast is not None and forecast.verdict in ("fits", "cannot say"):
+                self._note_slower(entry)
+                return self._choice(entry.strategy, forecast)
+        return None
+
+    def through(self, strategies: list[Strategy]) -> Choice:
+        """Without times: candidates in their own order."""
+        for strategy in strategies:
+            forecast = self._forecast(strategy)
+            if forecast is not None and forecast.verdict in ("fits", "cannot say"):
+                return self._choice(strategy, forecast)
+        return self.last_resort()
+
+    def last_resort(self) -> Choice:
+        """What is tight, else what failed last, else the smallest by its estimate."""
+        found = self.tight or self.worst
+        if found is None or (self.tight is None and self.estimator is not None):
+            smallest = min((entry.strategy for entry in self.rejected), key=self._size)
+            found = smallest, forecast_of(self.setting, smallest)
+        self.rejected = [entry for entry in self.rejected if entry.strategy != found[0]]
+        return self._choice(*found)
+
+    def _size(self, strategy: Strategy) -> int:
+        return 0 if self.estimator is None else self.estimator.bytes(strategy)
+
+    def _forecast(self, strategy: Strategy) -> MemoryForecast | None:
+        """The forecast of a candidate; None for a layout that this model or method cannot have, where the job did not ask for it."""
+        try:
+            forecast = forecast_of(self.setting, strategy)
+        except JobError as error:
+            wanted = self.setting.job.strategy
+            if strategy.layout.tensor == 1 or wanted.tensor != "auto":
+                raise
+            self._reject(strategy, str(error))
+            return None
+        if forecast.verdict == "tight" and self.tight is None:
+            self.tight = strategy, forecast
+        if forecast.verdict == "does not fit":
+            self.worst = strategy, forecast
+        if forecast.verdict not in ("fits", "cannot say"):
+            self._reject(strategy, f"{forecast.verdict}: {forecast.reason}", forecast)
+        return forecast
+
+    def _reject(self, strategy: Strategy, reason: str, forecast: MemoryForecast | None = None) -> None:
+        size = None if forecast is None else forecast.process_bytes
+        self.rejected.append(Rejected(strategy=strategy, reason=reason, process_bytes=size))
+
+    def _note_slower(self, chosen: _Estimated) -> None:
+        """What was not forecast, because something faster fits."""
+        for entry in self.waiting:
+            slower = f"{entry.seconds / chosen.seconds - 1:.0%} slower: about {format_seconds(entry.seconds)} a step"
+            self.rejected.append(Rejected(strategy=entry.strategy, reason=slower, step_seconds=entry.seconds))
+
+    def _choice(self, strategy: Strategy, forecast: MemoryForecast) -> Choice:
+        time = None
+        if self.timing is not None and forecast.stages:
+            positions = traced_positions(self.setting, strategy)
+            time = self.timing.forecast(strategy, forecast.stages, traced_positions=positions)
+        return Choice(strategy=strategy, forecast=forecast, time=time, rejected=tuple(self.rejected))
