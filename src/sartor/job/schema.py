@@ -219,9 +219,17 @@ class StrategyJob:
     shard: Literal["auto"] | int = option(
         "auto", "devices that share a copy; default: all that the other sizes leave", at_least=1
     )
-    replicate: int = option(1, "copies of that, gradients averaged among them", at_least=1)
-    tensor: int = option(1, "tensor parallel ranks: devices that compute every layer together", at_least=1)
-    sequence: bool = option(False, "sequence parallelism: between the layers' products, tensor parallel ranks share the tokens")
+    replicate: Literal["auto"] | int = option(
+        "auto", "copies of that, gradients averaged among them; `auto`: one, or one a node", at_least=1
+    )
+    tensor: Literal["auto"] | int = option(
+        "auto", "tensor parallel ranks: devices that compute every layer together; `auto`: at most those of a node", at_least=1
+    )
+    sequence: Literal["auto"] | bool = option(
+        "auto",
+        "sequence parallelism: between the layers' products, tensor parallel ranks share the tokens; `auto`: where `tensor` is "
+        "chosen by the plan",
+    )
     pipeline: int = option(1, "pipeline stages: devices that hold different layers", at_least=1)
     schedule: Literal["1f1b", "gpipe"] = option("1f1b", "order of the pipeline's micro-batches")
 

@@ -61,7 +61,7 @@ class Estimator:
         operations = sketch.operations(strategy.micro_batch)
         if strategy.layout.devices > 1:
             operations = self._laid_out(operations, strategy)
-        stages = {index: operations for index in range(1)}
+        stages = dict.fromkeys(range(1), operations)
         layout = strategy.layout
         if layout.pipeline > 1:  # as if the stages were one after the other without a bubble
             strategy = dataclasses.replace(strategy, layout=dataclasses.replace(layout, pipeline=1))
@@ -212,9 +212,7 @@ def _shared(operation: Operation, layout: Layout) -> Operation:
     ranks = layout.tensor * (layout.shard if operation.family == "optimizer" else 1)
     if ranks == 1 or operation.family not in _SPLIT:
         return operation
-    changed = {
-        name: getattr(operation, name) // ranks for name in ("flops", "read_bytes", "written_bytes", "made_bytes")
-    }
+    changed = {name: getattr(operation, name) // ranks for name in ("flops", "read_bytes", "written_bytes", "made_bytes")}
     sizes = operation.sizes
     if operation.family == "matmul" and len(sizes) == 4:
         sizes = (sizes[0], sizes[1], max(sizes[2] // ranks, 1), sizes[3])

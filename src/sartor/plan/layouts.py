@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sartor.errors import JobError
 from sartor.job.schema import StrategyJob
 from sartor.machine import Machine
@@ -9,32 +11,60 @@ from sartor.parallel import Layout
 
 
 def possible_layouts(wanted: StrategyJob, machine: Machine, *, global_batch: int) -> list[Layout]:
-    """Layouts over all of the machine's devices that honour what the job pins, the faster one first. Raises JobError."""
-    fixed = wanted.replicate * wanted.tensor * wanted.pipeline
-    shard = machine.devices // fixed if wanted.shard == "auto" else wanted.shard
-    asked = fixed * shard
-    if asked != machine.devices:
+    """Layouts over all of the machine's devices that honour what the job pins, plain sharding first. Raises JobError."""
+    sizes = [
+        (tensor, replicate, machine.devices // fixed if wanted.shard == "auto" else wanted.shard)
+        for tensor in _tensors(wanted, machine)
+        for replicate in _replicas(wanted, machine)
+        if (fixed := wanted.pipeline * tensor * replicate)
+    ]
+    fitting = [size for size in sizes if math.prod(size) * wanted.pipeline == machine.devices]
+    if not fitting:
+        asked = max(math.prod(sizes[0]) * wanted.pipeline, sizes[0][0] * sizes[0][1] * wanted.pipeline)
         raise JobError(
-            f"`strategy` lays the job out over {max(asked, fixed)} devices, and the machine has {machine.devices}",
+            f"`strategy` lays the job out over {asked} devices, and the machine has {machine.devices}",
             why=f"shard {wanted.shard} x replicate {wanted.replicate} x tensor {wanted.tensor} x pipeline {wanted.pipeline}",
             remedy="sizes whose product is the number of devices, or another machine, such as machine=8xA100-80GB",
         )
-    if shard * wanted.replicate > global_batch:
+    busy = [size for size in fitting if size[1] * size[2] <= global_batch]
+    if not busy:
+        ranks = min(replicate * shard for _, replicate, shard in fitting)
         raise JobError(
-            f"{shard * wanted.replicate} data parallel ranks share {global_batch} examples a step",
+            f"{ranks} data parallel ranks share {global_batch} examples a step",
             why="every rank needs at least one",
-            remedy=f"training.global_batch={shard * wanted.replicate}, or more tensor or pipeline parallelism",
+            remedy=f"training.global_batch={ranks}, or more tensor or pipeline parallelism",
         )
-    zeros = (2, 3) if wanted.zero == "auto" and shard > 1 else (3 if wanted.zero == "auto" else wanted.zero,)
     return [
         Layout(
             pipeline=wanted.pipeline,
-            replicate=wanted.replicate,
+            replicate=replicate,
             shard=shard,
-            tensor=wanted.tensor,
+            tensor=tensor,
             zero=zero,
-            sequence=wanted.sequence,
+            sequence=(tensor > 1 and wanted.tensor == "auto") if wanted.sequence == "auto" else wanted.sequence,
             schedule=wanted.schedule,
         )
-        for zero in zeros
+        for tensor, replicate, shard in busy
+        for zero in _zeros(wanted, shard)
     ]
+
+
+def _tensors(wanted: StrategyJob, machine: Machine) -> list[int]:
+    """Powers of two within a node; one where stages are cut, whose layers are whole."""
+    if wanted.tensor != "auto":
+        return [wanted.tensor]
+    most = machine.devices_per_node if wanted.pipeline == 1 else 1
+    return [size for size in (1, 2, 4, 8, 16) if size <= most and machine.devices_per_node % size == 0]
+
+
+def _replicas(wanted: StrategyJob, machine: Machine) -> list[int]:
+    """One copy over everything, or one a node."""
+    if wanted.replicate != "auto":
+        return [wanted.replicate]
+    return [1, machine.nodes] if machine.nodes > 1 and wanted.pipeline == 1 else [1]
+
+
+def _zeros(wanted: StrategyJob, shard: int) -> tuple[int, ...]:
+    if wanted.zero != "auto":
+        return (wanted.zero,)
+    return (2, 3) if shard > 1 else (3,)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -18,20 +16,15 @@ from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
 from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
-from sartor.plan.forecast import forecast_of
-from sartor.plan.layouts import possible_layouts
-from sartor.plan.plan import Plan, Rejected
+from sartor.plan.plan import Plan
+from sartor.plan.search import search
 from sartor.plan.setting import Setting, batch_order
-from sartor.plan.strategy import Strategy
-from sartor.predict import MemoryForecast, count_trained
+from sartor.predict import count_trained
 from sartor.predict.allocator_setting import expandable_segments
 from sartor.step import Precision, cannot_pack
 
 LONGEST_DEFAULT = 2048
 """Tokens of `data.max_length` where the job leaves it open and the model allows more."""
-
-FULL_MICRO_BATCH_TOKENS = 8192
-"""A micro-batch of so many tokens keeps any device busy; a larger one costs memory and gains nothing."""
 
 
 def make(job: Job, machine: Machine | None = None) -> Plan:
@@ -66,7 +59,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         ),
         attention=attention,
     )
-    strategy, forecast, rejected = _choose(setting, longest)
+    choice = search(setting, longest)
+    strategy, forecast = choice.strategy, choice.forecast
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast)
     trained = count_trained(job, source, precision)
@@ -80,9 +74,12 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         trained_parameters=trained,
         data=sets.summary,
         total_steps=order.total_steps,
-        rejected=tuple(rejected),
+        time=choice.time,
+        rejected=choice.rejected,
         notes=tuple(
-            words for words in (attention_note, note, forecast.drift_note, more_room(setting, strategy, forecast)) if words
+            words
+            for words in (attention_note, note, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
+            if words
         ),
     )
 
@@ -127,59 +124,6 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -
     if dense and not reason and wanted == "auto":
         reason = "on a CPU, attention with a dense mask costs more than padding does (data.packing=true packs nevertheless)"
     return not reason, f"not packed: {reason}" if reason else ""
-
-
-def _choose(setting: Setting, row_capacity: int) -> tuple[Strategy, MemoryForecast, list[Rejected]]:
-    """The first candidate that fits, else the first that is tight, else the last; candidates come fastest first."""
-    rejected: list[Rejected] = []
-    tight: tuple[Strategy, MemoryForecast] | None = None
-    for strategy in _candidates(setting, row_capacity):
-        forecast = forecast_of(setting, strategy)
-        if forecast.verdict in ("fits", "cannot say"):
-            return strategy, forecast, rejected
-        if forecast.verdict == "tight" and tight is None:
-            tight = strategy, forecast
-        rejected.append(Rejected(strategy=strategy, reason=f"{forecast.verdict}: {forecast.reason}"))
-    if tight is not None:
-        return *tight, [entry for entry in rejected if entry.strategy != tight[0]]
-    return strategy, forecast, rejected
-
-
-def _candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
-    """Strategies that honour what the job pins: large micro-batches first, recomputation only when nothing else helps."""
-    job, wanted = setting.job, setting.job.strategy
-    again_possible = setting.method.recompute
-    if wanted.recompute == "full" and not again_possible:
-        raise JobError(
-            f"`strategy.recompute` is full, but method {job.method} cannot recompute", remedy="strategy.recompute=none"
-        )
-    longest = row_capacity if setting.packing else int(setting.sets.train.lengths.max())
-    layouts = possible_layouts(wanted, setting.machine, global_batch=job.training.global_batch)
-    busy = min(job.training.global_batch // layouts[0].data, max(FULL_MICRO_BATCH_TOKENS // longest, 1))
-    sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(busy)
-    choices = {"none": (False,), "full": (True,), "auto": (False, True) if again_possible else (False,)}
-    for recompute in choices[wanted.recompute]:
-        for layout, micro_batch in itertools.product(layouts, sizes):
-            yield Strategy(
-                device=setting.machine.device.torch_name,
-                threads=setting.machine.threads,
-                precision=setting.precision,
-                packing=setting.packing,
-                row_capacity=row_capacity,
-                micro_batch=micro_batch,
-                recompute=recompute,
-                attention=setting.attention,
-                layout=layout,
-                expandable_segments=setting.expandable_segments,
-            )
-
-
-def _halvings(size: int) -> list[int]:
-    sizes = []
-    while size >= 1:
-        sizes.append(size)
-        size //= 2
-    return sizes
 
 
 def load_dtype(plan: Plan) -> torch.dtype:

@@ -15,6 +15,7 @@ from sartor.methods import MethodTraits
 from sartor.model import Anatomy
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
+from sartor.predict.time import TimeForecast
 
 SCHEMA_VERSION = 1
 """Of `plan.yaml` and `sartor plan --json`; raised when a key changes its meaning or goes."""
@@ -26,6 +27,10 @@ class Rejected:
 
     strategy: Strategy
     reason: str
+    process_bytes: int | None = None
+    """Forecast; None where an estimate was enough."""
+    step_seconds: float | None = None
+    """Estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class Plan:
     trained_parameters: int
     data: DataSummary
     total_steps: int
+    time: TimeForecast | None
+    """None where nothing is known of the machine's speed."""
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
 
@@ -50,7 +57,8 @@ class Plan:
         tree = _plain(self)
         assert isinstance(tree, dict), "a dataclass becomes a mapping"
         forecast = self.forecast.to_mapping()
-        changed = {"job": to_mapping(self.job), "forecast": forecast}
+        time = None if self.time is None else self.time.to_mapping()
+        changed = {"job": to_mapping(self.job), "forecast": forecast, "time": time}
         return {"schema_version": SCHEMA_VERSION, "verdict": forecast["verdict"], **tree, **changed}
 
     def to_yaml(self) -> str:

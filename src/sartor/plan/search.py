@@ -23,9 +23,9 @@ from sartor.predict.shapes import NotComparable
 from sartor.predict.time import TimeForecast
 
 HOPELESS = 1.3
-"""A candidate whose estimate is so many times what there is is not forecast; estimates of sharded states were within a quarter."""
+"""A candidate whose estimate is so many times what there is is not forecast."""
 LEAST_FORWARD_SHARE = 0.2
-"""Of a step, what computing the forward pass again adds at the very least: it is a third of the products, or half with adapters."""
+"""Of a step, what computing the forward pass again adds at least: it is a third of the products, half with adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,12 @@ def search(setting: Setting, row_capacity: int) -> Choice:
     except JobError:
         raise
     except Exception as error:  # a foreign model's code under tracing, or a step that is not linear in its rows
-        reason = str(error) if isinstance(error, NotComparable) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return dataclasses.replace(_Walk(setting, timing).through(everything), note=f"strategies are not ranked by time: {reason}")
+        reason = (
+            str(error) if isinstance(error, NotComparable) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+        return dataclasses.replace(
+            _Walk(setting, timing).through(everything), note=f"strategies are not ranked by time: {reason}"
+        )
     return walk.first_fit() or walk.last_resort()
 
 
@@ -128,7 +132,7 @@ class _Walk:
         return 0 if self.estimator is None else self.estimator.bytes(strategy)
 
     def _forecast(self, strategy: Strategy) -> MemoryForecast | None:
-        """The forecast of a candidate; None for a layout that this model or method cannot have, where the job did not ask for it."""
+        """The forecast of a candidate; None for a layout that this model cannot have, where the job did not ask for it."""
         try:
             forecast = forecast_of(self.setting, strategy)
         except JobError as error:

@@ -37,7 +37,7 @@ def candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
                 row_capacity=row_capacity,
                 micro_batch=micro_batch,
                 recompute=recompute,
-                attention=None if wanted.attention == "auto" else wanted.attention,
+                attention=setting.attention,
                 layout=layout,
                 expandable_segments=setting.expandable_segments,
             )

@@ -1,4 +1,4 @@
-"""The time forecast of a strategy: rates of the machine, links between its devices, and what a step of the run holds on average."""
+"""The time forecast of a strategy: rates of the machine, links between its devices, and what the run's average step holds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def network_of(machine: Machine) -> Network:
 
 def expenses_of(machine: Machine) -> Expenses:
     """What an hour of the whole machine takes."""
-    watts = machine.rates.watts if machine.rates else None
+    watts = machine.rates.tdp_watts if machine.rates else None
     return Expenses(
         usd_per_hour=machine.price_usd_per_hour,
         watts=None if watts is None else watts * machine.devices,
@@ -66,9 +66,7 @@ class Timing:
         """`stages`: what a rank of each traced pipeline stage computes for micro-batches of so many positions."""
         layout = strategy.layout
         work = self._work(strategy.micro_batch, strategy.packing, strategy.row_capacity, layout.data, traced_positions)
-        return forecast_time(
-            stages, rates=self.rates, layout=layout, network=self.network, work=work, expenses=self.expenses
-        )
+        return forecast_time(stages, rates=self.rates, layout=layout, network=self.network, work=work, expenses=self.expenses)
 
     def _average(self, micro_batch: int, packing: bool, row_capacity: int, ranks: int, traced_positions: int) -> Work:
         """Over steps that lie evenly in the run."""

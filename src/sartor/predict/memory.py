@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sartor.data.pack import Batch
@@ -22,6 +22,7 @@ from sartor.predict.allocator import AllocatorConfig, replay
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.ledger import Ledger, Peak
+from sartor.predict.operations import Operations
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
 from sartor.predict.verdict import TIGHT_SHARE, Verdict, has_glibc, judge
@@ -61,6 +62,8 @@ class MemoryForecast:
     timeline: Timeline | None = None
     """Memory over a step; a picture for the terminal and the page, not part of `to_mapping`."""
 
+    stages: Mapping[int, Operations] = field(default_factory=dict)
+    """What a rank of each traced pipeline stage computes; for the time forecast, not part of `to_mapping`."""
     rank: int = 0
     """Of several devices, the one that this is the forecast of: the fullest."""
     ranks: tuple[MemoryForecast, ...] = ()
@@ -180,7 +183,14 @@ def _forecast(
     fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
     seconds = time.perf_counter() - start
-    return dataclasses.replace(fullest, ranks=tuple(ranks) if len(ranks) > 1 else (), host_bytes=host, trace_seconds=seconds)
+    width = layout.devices // layout.pipeline
+    return dataclasses.replace(
+        fullest,
+        ranks=tuple(ranks) if len(ranks) > 1 else (),
+        stages={rank // width: ledger.operations for rank, ledger in ledgers},
+        host_bytes=host,
+        trace_seconds=seconds,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,8 @@ class Sketch:
     def live(self, kind: str, rows: int) -> np.ndarray:
         """Bytes of a kind after every event of a step."""
         fixed_L, per_row_L = self._curves[kind]
-        return fixed_L + rows * per_row_L
+        live_L: np.ndarray = fixed_L + rows * per_row_L
+        return live_L
 
     def activation_peaks(self, rows: int) -> tuple[int, int]:
         """The most bytes of what is no weight, gradient or optimizer state: in the passes, and in the update."""
@@ -91,6 +93,6 @@ def _between(low: Operation, high: Operation, rows: int) -> Operation:
     def at(one: int, other: int) -> int:
         return one + (other - one) * (rows - ROWS[0]) // (ROWS[1] - ROWS[0])
 
-    changed = {name: at(getattr(low, name), getattr(high, name)) for name in _LINEAR}
+    changed: dict[str, Any] = {name: at(getattr(low, name), getattr(high, name)) for name in _LINEAR}
     sizes = tuple(at(one, other) for one, other in zip(low.sizes, high.sizes, strict=True))
     return dataclasses.replace(low, **changed, sizes=sizes)
