@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sartor.api import load_job, plan, plan_inference, train
+    from sartor.api import compare, load_job, plan, plan_inference, train
     from sartor.job import Job
     from sartor.machine import Machine, probe
     from sartor.plan import Plan, Strategy
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "compare": "sartor.api",
     "load_job": "sartor.api",
     "plan": "sartor.api",
     "plan_inference": "sartor.api",
@@ -45,6 +46,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Strategy",
+    "compare",
     "load_job",
     "plan",
     "plan_inference",

@@ -20,6 +20,8 @@ from sartor.job import Job
 from sartor.methods import traits
 from sartor.model import load_tokenizer, resolve
 from sartor.plan import Plan, make, max_length
+from sartor.plan.compare import Comparison
+from sartor.plan.compare import compare as make_comparison
 from sartor.plan.inference import InferencePlan, make_inference
 from sartor.report import write_report
 from sartor.serve import Judge
@@ -45,6 +47,13 @@ def plan(job: JobLike, overrides: Iterable[str] = ()) -> Plan:
     loaded = load_job(job, overrides)
     _require_data(loaded)
     return make(loaded)
+
+
+def compare(job: JobLike, machines: Sequence[str], overrides: Iterable[str] = ()) -> Comparison:
+    """The job planned on each of these machines, by the catalogue's names. Raises UsageError as `plan` does."""
+    loaded = load_job(job, overrides)
+    _require_data(loaded)
+    return make_comparison(loaded, machines)
 
 
 def plan_inference(job: JobLike | None = None, overrides: Iterable[str] = ()) -> InferencePlan:

@@ -42,6 +42,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file as well.")] = None,
     inference: Annotated[bool, typer.Option("--inference", help="Plan answering instead of training; needs no data.")] = False,
+    machines: Annotated[
+        str, typer.Option("--machines", metavar="A,B,…", help="Compare the job on several machines; names: docs/machines.md.")
+    ] = "",
 ) -> None:
     """Say what a job will need and how it would run; trains nothing."""
     import json
@@ -52,6 +55,9 @@ def plan(
     if inference:
         _plan_inference(job, overrides or [], as_json=as_json, html=html)
         return
+    if machines:
+        _compare(job, overrides or [], machines, as_json=as_json, html=html)
+        return
     made = api.plan(job, overrides or ())
     if as_json:
         typer.echo(json.dumps(made.to_mapping(), indent=1, ensure_ascii=False))
@@ -60,6 +66,23 @@ def plan(
     if html is not None:
         write_plan(made, html)
         typer.echo(f"written: {html}", err=as_json)
+
+
+def _compare(job: Path, overrides: list[str], machines: str, *, as_json: bool, html: Path | None) -> None:
+    import json
+
+    from sartor import api
+    from sartor.errors import UsageError
+    from sartor.report import show_comparison
+
+    if html is not None:
+        raise UsageError("--html shows one plan", remedy="leave out --html or --machines")
+    names = [name for name in (part.strip() for part in machines.split(",")) if name]
+    made = api.compare(job, names, overrides)
+    if as_json:
+        typer.echo(json.dumps(made.to_mapping(), indent=1, ensure_ascii=False))
+    else:
+        show_comparison(made, _console())
 
 
 def _plan_inference(job: Path, overrides: list[str], *, as_json: bool, html: Path | None) -> None:

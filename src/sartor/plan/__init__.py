@@ -1,4 +1,4 @@
-"""The plan: the first strategy that fits, with its forecast."""
+"""The plan: the fastest strategy that fits, with its forecast."""
 
 from sartor.plan.make import load_dtype, make, max_length
 from sartor.plan.plan import Plan, Rejected

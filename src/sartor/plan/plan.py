@@ -47,10 +47,10 @@ class Plan:
     trained_parameters: int
     data: DataSummary
     total_steps: int
-    time: TimeForecast | None
-    """None where nothing is known of the machine's speed."""
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
+    time: TimeForecast | None = None
+    """None where nothing is known of the machine's speed."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain nested mappings, as `plan.yaml` and `sartor plan --json` hold them."""

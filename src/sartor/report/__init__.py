@@ -11,14 +11,26 @@ if TYPE_CHECKING:
     from sartor.report.html import write_report
     from sartor.report.inference import show_inference
     from sartor.report.machine import machine_mapping, show_machine
+    from sartor.report.machines import show_comparison
     from sartor.report.plan_page import write_plan
     from sartor.report.progress import Progress
 
-__all__ = ["Progress", "machine_mapping", "show_inference", "show_machine", "show_plan", "show_run", "write_plan", "write_report"]
+__all__ = [
+    "Progress",
+    "machine_mapping",
+    "show_comparison",
+    "show_inference",
+    "show_machine",
+    "show_plan",
+    "show_run",
+    "write_plan",
+    "write_report",
+]
 
 _LATE = {
     "Progress": "sartor.report.progress",
     "machine_mapping": "sartor.report.machine",
+    "show_comparison": "sartor.report.machines",
     "show_inference": "sartor.report.inference",
     "show_machine": "sartor.report.machine",
     "write_plan": "sartor.report.plan_page",

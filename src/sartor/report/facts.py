@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sartor.job import Job
-from sartor.job.units import format_bytes, format_count
+from sartor.job.units import format_bytes, format_count, format_seconds
 from sartor.machine import Machine
 from sartor.plan import Plan, Strategy
 from sartor.predict import KINDS, MemoryForecast
+from sartor.predict.time import TimeForecast
 from sartor.predict.timeline import Timeline
 
 if TYPE_CHECKING:
-    from sartor.train.record import MemoryOutcome, Run
+    from sartor.train.record import MemoryOutcome, Run, TimeOutcome
 
 BASELINE = "process"
 ALLOCATOR = "allocator"
@@ -106,7 +107,25 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.total_steps:,}, each of {job.training.global_batch} examples; {epochs_words(plan)}{rate}"),
         ("strategy", plan.strategy.describe()),
     ]
+    if plan.time is not None:
+        facts.append(("time", time_words(plan.time)))
     return [(name, visible(value)) for name, value in facts]
+
+
+def time_words(time: TimeForecast) -> str:
+    """Seconds of a step, and what the job takes."""
+    low, high = time.interval_seconds
+    words = f"{format_seconds(time.step_seconds)} a step ({format_seconds(low)} to {format_seconds(high)})"
+    words += f", {time.tokens_per_second:,.0f} tokens/s, {time.mfu:.0%} of the arithmetic (MFU)"
+    words += f"; the job {format_seconds(3600 * time.job_hours)}"
+    if time.cost_usd is not None:
+        words += f", {time.cost_usd:,.2f} USD"
+    if time.energy_kwh is not None:
+        words += f", at most {time.energy_kwh:,.3g} kWh"
+    hidden = time.breakdown.get("communication", 0.0) + time.breakdown.get("bubble", 0.0)
+    if hidden > 0.005 * time.step_seconds:
+        words += f"; {hidden / time.step_seconds:.0%} of it waits for messages or other stages"
+    return words
 
 
 def epochs_words(plan: Plan) -> str:
@@ -155,6 +174,12 @@ def _method_alone(job: Job) -> str:
     return job.method
 
 
+def strategy_words(strategy: Strategy) -> str:
+    """What is chosen for a machine, as short as a table needs it."""
+    words = [strategy.layout.describe(), f"micro-batch {strategy.micro_batch}", "recompute" if strategy.recompute else ""]
+    return ", ".join(word for word in words if word)
+
+
 def differences(chosen: Strategy, other: Strategy) -> str:
     """`other` in the words in which it differs from `chosen`."""
     words = []
@@ -168,6 +193,8 @@ def differences(chosen: Strategy, other: Strategy) -> str:
         words.append(f"micro-batch {other.micro_batch}")
     if other.recompute != chosen.recompute:
         words.append("activations recomputed" if other.recompute else "activations kept")
+    if other.layout != chosen.layout:
+        words.append(other.layout.describe() or "one device")
     if other.attention != chosen.attention:
         words.append(f"attention {other.attention or 'of the model'}")
     return ", ".join(words) or "the same"
@@ -199,7 +226,15 @@ def memory_words(memory: MemoryOutcome) -> str:
     return f"{format_bytes(memory.forecast_bytes)} forecast, {measured}" + error_words(memory, before=": ")
 
 
-def error_words(memory: MemoryOutcome, *, before: str = "") -> str:
+def run_time_words(time: TimeOutcome) -> str:
+    """The forecast beside the measurement, in a sentence."""
+    measured = f"{format_seconds(time.measured_step_seconds)} a step measured"
+    if time.forecast_step_seconds is None:
+        return f"no forecast; {measured}"
+    return f"{format_seconds(time.forecast_step_seconds)} a step forecast, {measured}" + error_words(time, before=": ")
+
+
+def error_words(memory: MemoryOutcome | TimeOutcome, *, before: str = "") -> str:
     """How far the forecast was off, e.g. `2.1% too low`."""
     if memory.error_percent is None:
         return ""

@@ -42,6 +42,7 @@ def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: 
         legend=legend(parts),
         **step_picture(plan.forecast),
         memory_words=facts.memory_words(run.memory),
+        run_time_words=None if run.time is None else facts.run_time_words(run.time),
         available=available_words(plan.forecast),
         facts=facts.plan_facts(plan),
         machine=facts.machine_facts(plan.machine),

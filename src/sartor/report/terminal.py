@@ -73,6 +73,8 @@ def show_run(run: Run, console: Console) -> None:
         rows.append(("exact match", _after_arrow(matches)))
     rows.append(("speed", Text(f"{run.tokens_per_second:,.0f} tokens/s, {run.tokens:,} tokens")))
     rows.append(("memory", Text(facts.visible(facts.memory_words(run.memory)))))
+    if run.time is not None:
+        rows.append(("time", Text(facts.run_time_words(run.time))))
     rows.append(("result", Text(facts.visible(f"{run.folder} ({run.checkpoint})"), overflow="fold")))
     _print(console, title, _table(rows))
     for number, answer in enumerate(run.answers[:_MOST_ANSWERS], 1):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import statistics
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from sartor.errors import RunError
 from sartor.machine.memory import peak_resident_bytes, reset_peak_resident
 from sartor.plan import Plan
 from sartor.train.checkpoint import Progress
-from sartor.train.record import MemoryOutcome, Run, read_metrics
+from sartor.train.record import MemoryOutcome, Run, TimeOutcome, read_metrics
 from sartor.train.setup import Workbench
 
 _VERSIONED = ("sartor", "torch", "transformers", "peft", "tokenizers", "safetensors", "pyarrow", "numpy")
@@ -40,11 +42,25 @@ def memory_outcome(plan: Plan) -> MemoryOutcome:
     return MemoryOutcome(forecast_bytes=expected, measured_bytes=measured, measured_name=name, error_percent=error)
 
 
+WARM_UP_STEPS = 2
+
+
+def time_outcome(plan: Plan, seconds: list[float]) -> TimeOutcome | None:
+    """`seconds`: since the run began, after each step. Evaluations and checkpoints lie between steps and count in none."""
+    steps = [after - before for before, after in pairwise(seconds)][WARM_UP_STEPS - 1 :]
+    if not steps:
+        return None
+    measured, forecast = statistics.median(steps), plan.time.step_seconds if plan.time else None
+    error = None if forecast is None else (forecast / measured - 1) * 100
+    return TimeOutcome(forecast_step_seconds=forecast, measured_step_seconds=measured, error_percent=error)
+
+
 def record(
     plan: Plan, folder: Path, progress: Progress, checkpoint: Path, memory: MemoryOutcome, *, epochs: float, finished: bool
 ) -> Run:
     """The run in one object."""
-    losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
+    steps = [line for line in read_metrics(folder) if "loss" in line]
+    losses = [line["loss"] for line in steps]
     return Run(
         folder=str(folder),
         status="finished" if finished else "interrupted",
@@ -61,6 +77,7 @@ def record(
         last_eval_loss=progress.last_eval_loss,
         memory=memory,
         checkpoint=checkpoint.name,
+        time=time_outcome(plan, [line["seconds"] for line in steps]),
         versions={"python": platform.python_version()} | {name: _version(name) for name in _VERSIONED},
     )
 

@@ -59,6 +59,16 @@ class MemoryOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeOutcome:
+    """Seconds of a step: the forecast beside the median of the steps after the first few, which warm up."""
+
+    forecast_step_seconds: float | None
+    measured_step_seconds: float
+    error_percent: float | None
+    """(forecast / measured - 1) × 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """The outcome of `sartor train`; `run.json` holds it."""
 
@@ -78,6 +88,8 @@ class Run:
     last_eval_loss: float | None
     memory: MemoryOutcome
     checkpoint: str
+    time: TimeOutcome | None = None
+    """None for a run of too few steps to tell."""
     answers: tuple[Answer, ...] = ()
     exact_match_before: float | None = None
     exact_match_after: float | None = None
@@ -95,7 +107,10 @@ def load_run(folder: Path) -> Run:
     """The record of a finished or interrupted run."""
     tree = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     answers = tuple(Answer(**answer) for answer in tree.pop("answers"))
-    return Run(memory=MemoryOutcome(**tree.pop("memory")), answers=answers, **tree)
+    time = tree.pop("time", None)
+    return Run(
+        memory=MemoryOutcome(**tree.pop("memory")), time=None if time is None else TimeOutcome(**time), answers=answers, **tree
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
