@@ -1,22 +1,109 @@
-"""The search chooses what trying every candidate would choose; its estimates are near the forecasts that decide."""
+"""The search chooses what forecasting every candidate would choose."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, LlamaConfig
 
-from sartor.job import from_mapping
-from sartor.machine.catalogue import DeviceModel
-from sartor.machine.probe import Machine
-from sartor.model import resolve
-from sartor.plan.estimate import Estimator
-from sartor.plan.forecast import forecast_of
-from sartor.plan.make import make
-from sartor.plan.search import search
-from sartor.plan.setting import Setting
-from sartor.plan.space import candidates
-from sartor.plan.timing import Timing, rates_of, traced_positions
+import sartor
+from sartor.errors import DoesNotFit
+from sartor.plan import Plan, make
 
-from ..support import card, setting_of  # noqa: F401
+GIB = 2**30
+MICRO_BATCHES = (8, 4, 2, 1)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=2752, num_hidden_layers=12, num_attention_heads=16,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return {
+        "model": str(tmp_path / "config.json"),
+        "data": {"synthetic": {"length": 1024, "examples": 32}, "packing": False},
+        "method": "full",
+        "training": {"epochs": 1, "global_batch": 16},
+        "machine": "A10-24GB",
+    }
+
+
+def planned(job: dict[str, Any], room: int, **strategy: Any) -> Plan | None:
+    try:
+        return sartor.plan({**job, "machine": {"name": job["machine"], "device_memory": room}, "strategy": strategy or "auto"})
+    except DoesNotFit:
+        return None
+
+
+@pytest.mark.parametrize("room_gib", [10, 6])
+def test_the_choice_is_that_of_trying_everything(job: dict[str, Any], room_gib: float) -> None:
+    room = int(room_gib * GIB)
+    everything = [
+        planned(job, room, micro_batch=size, recompute=recompute)
+        for size, recompute in itertools.product(MICRO_BATCHES, ("none", "full"))
+    ]
+    fitting = [plan for plan in everything if plan is not None and plan.forecast.verdict == "fits"]
+    assert 0 < len(fitting) < len(everything), "some fit and some do not"
+    best = min(fitting, key=seconds)
+    chosen = planned(job, room)
+    assert chosen is not None
+    assert seconds(chosen) == pytest.approx(seconds(best), rel=1e-6)
+    assert (chosen.strategy.micro_batch, chosen.strategy.recompute) == (best.strategy.micro_batch, best.strategy.recompute)
+
+
+def test_what_was_passed_over_is_named_with_a_reason(job: dict[str, Any]) -> None:
+    plan = planned(job, 5 * GIB)
+    assert plan is not None
+    reasons = [other.reason for other in plan.rejected]
+    assert any("does not fit" in reason for reason in reasons)
+    assert any("% slower" in reason for reason in reasons)
+    assert plan.strategy not in [other.strategy for other in plan.rejected]
+
+
+def test_several_devices_have_layouts_to_choose_from(job: dict[str, Any]) -> None:
+    plan = sartor.plan({**job, "machine": "2x4xH100-80GB", "training": {"epochs": 1, "global_batch": 16}})
+    layouts = {plan.strategy.layout, *(other.strategy.layout for other in plan.rejected)}
+    assert {layout.tensor for layout in layouts} == {1, 2, 4}
+    assert {layout.replicate for layout in layouts} == {1, 2}
+    assert all(layout.devices == 8 for layout in layouts)
+    assert plan.time is not None
+    assert plan.time.cost_usd is None or plan.time.cost_usd > 0
+
+
+def test_the_time_of_the_plan_is_of_the_strategy_that_runs(job: dict[str, Any]) -> None:
+    """Recomputation costs a forward pass, a second device halves the examples."""
+    kept, again = (sartor.plan({**job, "strategy": {"micro_batch": 2, "recompute": name}}) for name in ("none", "full"))
+    assert 1.2 < seconds(again) / seconds(kept) < 1.5
+    two = sartor.plan({**job, "machine": "2xA10-24GB", "strategy": {"micro_batch": 2, "recompute": "none", "tensor": 1}})
+    assert 0.45 < seconds(two) / seconds(kept) < 0.75
+
+
+def test_a_machine_of_unknown_speed_gets_a_plan_without_times(job: dict[str, Any]) -> None:
+    known = sartor.plan(job)
+    bare = make(known.job, dataclasses.replace(known.machine, rates=None))
+    assert bare.time is None
+    assert bare.forecast.verdict == "fits"
+
+
+def test_machines_are_compared(tmp_path: Path) -> None:
+    GPT2Config(n_layer=6, n_embd=256, n_head=4, vocab_size=4096).save_pretrained(tmp_path)
+    tree = {
+        "model": str(tmp_path / "config.json"),
+        "data": {"synthetic": {"length": 256, "examples": 64}},
+        "training": {"epochs": 1, "global_batch": 8},
+    }
+    comparison = sartor.compare(tree, ["T4-16GB", "H100-80GB"])
+    assert comparison.fastest is not None
+    assert comparison.fastest.machine == "H100-80GB"
+    mapping = comparison.to_mapping()
+    assert [offer["machine"] for offer in mapping["machines"]] == ["T4-16GB", "H100-80GB"]
+    assert mapping["cheapest"] in ("T4-16GB", "H100-80GB", None)
+
+
+def seconds(plan: Plan) -> float:
+    assert plan.time is not None
+    return plan.time.step_seconds
