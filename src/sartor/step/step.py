@@ -41,6 +41,8 @@ class TrainStep:
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
         self.loss = SumLoss(model, kind=loss)
         self.reduce_once = reduce_once
+        self.updating = False
+        """Whether weights are being changed, or were when an update failed."""
 
     def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
         """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all)."""
@@ -70,7 +72,9 @@ class TrainStep:
         """Take the optimizer step at this learning rate and free the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.updating = True
         self.optimizer.step()
+        self.updating = False
         self.discard()
 
     def discard(self) -> None:

@@ -25,6 +25,7 @@ from sartor.train.checkpoint import Progress, TrainState
 from sartor.train.metrics import MetricsWriter, Observer, Observers
 from sartor.train.outcome import memory_outcome, not_finite, record, reset_peaks
 from sartor.train.record import EvalRecord, Run, StepRecord
+from sartor.train.recovery import recover, shortage_of
 from sartor.train.setup import Workbench, adopt, check_identity, check_runnable, identity, set_up
 from sartor.train.signals import StopRequest, stop_requests
 
@@ -63,7 +64,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         try:
             watchers.loaded(bench.step.model, bench.tokenizer, bench.sets, progress.step)
             with stop_requests() as stop:
-                progress = _train(plan, bench, state, progress, folder, watchers, stop)
+                plan, progress = _train(plan, bench, state, progress, folder, watchers, stop)
         finally:
             metrics.close()
         # -- 3. the result
@@ -88,8 +89,9 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
 
 def _train(
     plan: Plan, bench: Workbench, state: TrainState, progress: Progress, folder: Path, watchers: Observer, stop: StopRequest
-) -> Progress:
-    """Steps from `progress` to the end or to a stop signal; returns the progress, which is saved."""
+) -> tuple[Plan, Progress]:
+    """Steps from `progress` to the end or to a stop signal; returns the plan as it was in the end, and the progress, which is
+    saved."""
     training, evaluation = plan.job.training, plan.job.evaluation
     watchers.started(progress.step, plan.total_steps)
     if progress.step == 0 and bench.sets.held_out is not None:
@@ -97,9 +99,20 @@ def _train(
     while progress.step < plan.total_steps and not stop:
         try:
             progress = _step(plan, bench, progress, watchers)
+            shortage = None
         except RunError:  # a loss that is not finite: the step was not taken, the weights are good
             saved.save(folder, state, progress)
             raise
+        except (RuntimeError, MemoryError) as error:
+            shortage = shortage_of(error, bench)
+            if shortage is None:
+                raise
+        if shortage is not None:  # the error is gone by now, and what its frames held
+            if not shortage.updating:
+                saved.save(folder, state, progress)
+            plan = recover(plan, bench, shortage, progress.step, watchers.said)
+            files.write_text(folder / "plan.yaml", plan.to_yaml())
+            continue
         last = progress.step == plan.total_steps
         if bench.sets.held_out is not None and (last or _due(evaluation.every, progress.step)):
             progress = _evaluate(plan, bench, progress, watchers)
@@ -108,7 +121,7 @@ def _train(
             watchers.saved(saved.save(folder, state, progress))
             best = {progress.best_step} if training.keep_best and progress.best_step else set()
             saved.prune(folder, keep_last=training.keep_last, keep=best)
-    return progress
+    return plan, progress
 
 
 def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> Progress:

@@ -1,0 +1,99 @@
+"""When a step runs out of memory all the same: say how the forecast was wrong, plan again with that, go on from the last step."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sartor.errors import DoesNotFit, RunError
+from sartor.job.units import format_bytes
+from sartor.machine import Machine
+from sartor.machine.memory import peak_resident_bytes, resident_bytes
+from sartor.plan import Plan, make
+from sartor.predict.heap import LOADED_BYTES
+from sartor.step.step import enable_recompute
+from sartor.train.setup import Workbench
+
+_REFUSED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMG]iB)", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+LESS = 0.98
+"""A new plan needs at most this share of what the old one was forecast to need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortage:
+    """Memory ran out."""
+
+    requested_bytes: int
+    """By the allocation that failed, as far as its message says."""
+    updating: bool
+    """While weights changed: they cannot be trusted."""
+
+
+def shortage_of(error: BaseException, bench: Workbench) -> Shortage | None:
+    """What an error says of memory; None for one that is about something else."""
+    text = str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not known and not any(sign in text.lower() for sign in _SIGNS):
+        return None
+    refused = _REFUSED.search(text)
+    requested = int(float(refused[1]) * _UNITS[refused[2].lower()]) if refused else 0
+    return Shortage(requested_bytes=requested, updating=bench.step.updating)
+
+
+def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Callable[[str], None]) -> Plan:
+    """The plan to go on with, already applied to the live model. The global batch, and with it the result, stays.
+
+    Raises RunError where nothing smaller is left, or where memory ran out while weights were updated.
+    """
+    bench.step.discard()
+    gc.collect()
+    measured = _measured(plan) + shortage.requested_bytes
+    forecast = plan.forecast.process_bytes or measured
+    wrong = (
+        f"memory ran out in step {step + 1}, at {format_bytes(measured)}; forecast were {format_bytes(forecast)} "
+        f"of {format_bytes(plan.forecast.available_bytes)}"
+    )
+    if shortage.updating:
+        raise RunError(
+            wrong,
+            why="it ran out while the weights were updated, so they cannot be gone on with",
+            remedy="--resume goes on from the last checkpoint; a smaller strategy.micro_batch, or other programs closed, first",
+        )
+    room = min(plan.forecast.available_bytes * forecast // max(measured, forecast), measured, int(LESS * forecast))
+    try:
+        smaller = make(plan.job, _with_room(plan, room))
+    except DoesNotFit as error:
+        raise RunError(wrong, why=error.what, remedy=error.remedy) from None
+    strategy = dataclasses.replace(plan.strategy, micro_batch=smaller.strategy.micro_batch, recompute=smaller.strategy.recompute)
+    if strategy == plan.strategy:
+        raise RunError(wrong, why="no other strategy needs less", remedy="a shorter data.max_length, or another method")
+    if strategy.recompute and not plan.strategy.recompute:
+        enable_recompute(bench.step.model)
+    say(f"{wrong}. Going on with: {strategy.describe()}")
+    return dataclasses.replace(plan, strategy=strategy, forecast=smaller.forecast, time=smaller.time)
+
+
+def _measured(plan: Plan) -> int:
+    """Bytes of the process when memory ran out."""
+    if plan.machine.device.kind == "cpu":
+        return peak_resident_bytes()
+    index = plan.machine.device.index
+    reserved = torch.accelerator.max_memory_reserved(index)
+    torch.accelerator.empty_cache()
+    return reserved + plan.forecast.baseline_bytes
+
+
+def _with_room(plan: Plan, room: int) -> Machine:
+    """The plan's machine with so much memory for the process. On a CPU the process holds the model by now, and a forecast starts
+    from what the process holds."""
+    machine = plan.machine
+    if machine.device.kind == "cpu":
+        room += resident_bytes() + LOADED_BYTES - plan.forecast.baseline_bytes
+    return dataclasses.replace(machine, device=dataclasses.replace(machine.device, total_bytes=room, available_bytes=room))
