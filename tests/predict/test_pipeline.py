@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 import re
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
+from ranks import on_ranks
 from sartor.data.pack import IGNORE, collate, fill_rows
 from sartor.data.tokens import Sample, TokenSet
 from sartor.errors import JobError
@@ -36,7 +33,7 @@ from sartor.step import Precision, SumLoss, TensorBatch
 from sartor.step.step import enable_recompute
 
 from .test_repeat import batches, source
-from .test_sharded import CPU, free_port, lora
+from .test_sharded import CPU, lora
 
 MICRO_BATCHES = 4
 TOKENS = 100
@@ -103,14 +100,12 @@ def shard(stage: PlainStage, mesh: Any) -> None:
     fully_shard(stage, mesh=mesh, mp_policy=policy)
 
 
-def worker(rank: int, port: int, case: dict[str, Any], folder: str) -> None:
+def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """One rank: two steps of AdamW with clipping; the storage tracker's peak, and the losses of the first step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    torch.set_num_threads(1)
     sizes = (case["stages"], case["shard"])
-    dist.init_process_group("gloo", rank=rank, world_size=math.prod(sizes), init_method=f"tcp://127.0.0.1:{port}")
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("stages", "shard"))
     given = [TensorBatch.of(batch, "cpu") for batch in batches(MICRO_BATCHES)]
     module = build(case, rank, given[0].kept_K)
@@ -142,9 +137,7 @@ def worker(rank: int, port: int, case: dict[str, Any], folder: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
         tracker.close()
-    dist.destroy_process_group()
-    record = {"bytes": tracker.ledger.peak().total_bytes, "losses": told[:MICRO_BATCHES]}
-    Path(folder, f"{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+    return {"bytes": tracker.ledger.peak().total_bytes, "losses": told[:MICRO_BATCHES]}
 
 
 def forecast(case: dict[str, Any]) -> dict[int, Ledger]:
@@ -183,12 +176,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_each_stage_counts_what_was_forecast(case: dict[str, Any], tmp_path: Path) -> None:
+def test_each_stage_counts_what_was_forecast(case: dict[str, Any]) -> None:
     """Gloo holds one sent hidden state longer than the forecast does: that is the difference on some stages."""
     ledgers = forecast(case)
-    world = case["stages"] * case["shard"]
-    torch.multiprocessing.spawn(worker, args=(free_port(), case, str(tmp_path)), nprocs=world)
-    records = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    records = on_ranks(case["stages"] * case["shard"], worker, case)
     for rank, ledger in ledgers.items():
         assert ledger.peak().total_bytes == pytest.approx(records[rank]["bytes"], rel=0.01)
     if case["mode"] == "float32":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
+from ranks import on_ranks
 from sartor.data.pack import IGNORE
 from sartor.errors import JobError
 from sartor.job import from_mapping
@@ -33,12 +30,6 @@ CPU = Target.of(Device(kind="cpu", index=0, name="cpu", total_bytes=1, available
 STEPS = 2
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def lora(model: nn.Module) -> nn.Module:
     import peft
 
@@ -50,13 +41,11 @@ def lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def worker(rank: int, world: int, port: int, case: dict[str, Any], folder: str) -> None:
+def worker(rank: int, world: int, case: dict[str, Any]) -> int:
     """One rank: shard, two steps of AdamW with clipping, and the storage tracker's peak."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"tcp://127.0.0.1:{port}")
     mixed = case["mode"] == "bf16-mixed"
     frozen = torch.bfloat16 if mixed and case["method"] == "lora" else torch.float32
     model = skeleton(source(case["kind"]), dtype=frozen).train()
@@ -101,16 +90,7 @@ def worker(rank: int, world: int, port: int, case: dict[str, Any], folder: str) 
             optimizer.step()
             optimizer.zero_grad()
         tracker.close()
-    dist.destroy_process_group()
-    peak = tracker.ledger.peak()
-    Path(folder, f"{rank}.json").write_text(json.dumps({"bytes": peak.total_bytes, "phase": peak.phase}), encoding="utf-8")
-
-
-@functools.cache
-def measured(items: tuple[tuple[str, Any], ...], world: int, folder: Path) -> list[int]:
-    """Peak of every rank."""
-    torch.multiprocessing.spawn(worker, args=(world, free_port(), dict(items), str(folder)), nprocs=world)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))["bytes"] for rank in range(world)]
+    return tracker.ledger.peak().total_bytes
 
 
 CASES = [
@@ -124,7 +104,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_each_rank_counts_what_was_forecast(case: dict[str, Any], tmp_path: Path) -> None:
+def test_each_rank_counts_what_was_forecast(case: dict[str, Any]) -> None:
     job = from_mapping({"model": "unused", "data": "unused", "method": case["method"]})
     ledger = trace_job(
         job,
@@ -137,8 +117,7 @@ def test_each_rank_counts_what_was_forecast(case: dict[str, Any], tmp_path: Path
         layout=Layout(shard=case["world"], zero=case["zero"]),
     )
     forecast = ledger.peak().total_bytes
-    items = tuple((key, value) for key, value in case.items() if key != "world")
-    for peak in measured(items, case["world"], tmp_path):
+    for peak in on_ranks(case["world"], worker, case["world"], case):
         assert forecast == pytest.approx(peak, rel=0.01)
 
 

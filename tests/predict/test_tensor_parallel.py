@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ranks import on_ranks
 from sartor.data.pack import IGNORE
 from sartor.errors import JobError
 from sartor.job import from_mapping
@@ -30,7 +27,7 @@ from sartor.predict.world import fake_world, make_mesh, wrappers_watched
 from sartor.step import Precision, TensorBatch, make_step
 
 from .test_repeat import COMMON, batches, source
-from .test_sharded import CPU, free_port
+from .test_sharded import CPU
 
 STEPS = 3
 LLAMA = {"num_key_value_heads": 4, "num_hidden_layers": 6}
@@ -210,21 +207,15 @@ def distance(kind: str, layout: Layout) -> float:
     return max(gaps + [abs(one - other) / abs(one) for one, other in zip(alone, together, strict=True)])
 
 
-def work(rank: int, world: int, port: int, folder: str) -> None:
+def work(rank: int, world: int) -> tuple[list[int], list[float]]:
     """One rank: the peak of every case, and how far every comparison is off."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"tcp://127.0.0.1:{port}")
-    told = [[measured_peak(case) for case in CASES[world]], [distance(kind, layout) for kind, layout in COMPARED[world]]]
-    Path(folder, f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
-    dist.destroy_process_group()
+    return [measured_peak(case) for case in CASES[world]], [distance(kind, layout) for kind, layout in COMPARED[world]]
 
 
 @functools.cache
-def spawn(world: int) -> list[tuple[list[int], list[float]]]:
+def measured(world: int) -> list[tuple[list[int], list[float]]]:
     """Of every rank, peaks and distances."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, args=(world, free_port(), folder), nprocs=world)
-        return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    return on_ranks(world, work, world)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +236,7 @@ def test_each_rank_counts_what_was_forecast(world: int, number: int) -> None:
         layout=Layout(tensor=case["tensor"], shard=case.get("shard", 1), sequence=case["sequence"]),
     )
     forecast = ledger.peak().total_bytes
-    for peaks, _ in spawn(world):
+    for peaks, _ in measured(world):
         assert forecast == pytest.approx(peaks[number], rel=0.01)
 
 
@@ -256,7 +247,7 @@ def test_each_rank_counts_what_was_forecast(world: int, number: int) -> None:
 )
 def test_ranks_compute_what_one_process_computes(world: int, number: int) -> None:
     """Losses and norms of two steps, and every parameter's gradient: packed rows of odd length, padded rows, clipping, AdamW."""
-    for _, distances in spawn(world):
+    for _, distances in measured(world):
         assert distances[number] < 1e-4
 
 

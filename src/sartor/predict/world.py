@@ -43,6 +43,16 @@ def fake_world(layout: Layout, *, rank: int = 0) -> Iterator[DeviceMesh | None]:
         yield make_mesh(layout, "cpu")
     finally:
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """DTensor remembers with how it sharded an operator the mesh, too; an equal mesh of the next world has other process groups."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    for owner, name in ((debug, "_clear_sharding_prop_cache"), (_redistribute, "clear_redistribute_planner_cache")):
+        if hasattr(owner, name):
+            getattr(owner, name)()
 
 
 @contextlib.contextmanager
