@@ -47,7 +47,7 @@ def fake_world(layout: Layout, *, rank: int = 0) -> Iterator[DeviceMesh | None]:
 
 
 def forget_meshes() -> None:
-    """DTensor remembers with how it sharded an operator the mesh, too; an equal mesh of the next world has other process groups."""
+    """DTensor keeps the mesh with how it sharded an operator; an equal mesh of the next world has other process groups."""
     from torch.distributed.tensor import _redistribute, debug
 
     for owner, name in ((debug, "_clear_sharding_prop_cache"), (_redistribute, "clear_redistribute_planner_cache")):
