@@ -65,8 +65,11 @@ class CalibratedRates:
     spread = _CALIBRATED_SPREAD
 
     def __init__(self, calibration: Calibration, *, keeps_up_to: int | None = KEEPS_UP_TO) -> None:
-        """`keeps_up_to`: tensors above it are in memory that is new each time; None where the allocator keeps all."""
+        """`keeps_up_to`: tensors above it are in memory that is new each time; None where the allocator keeps all. Raises
+        ValueError for a calibration without products or without operators on memory."""
         rates = calibration.device
+        if not rates.matmul or not rates.memory:
+            raise ValueError("the calibration is not complete: measure again when the machine is idle")
         self._rates, self._keeps_up_to = rates, keeps_up_to
         self._products = _products(rates)
         self._memory = _memory(rates)
@@ -119,8 +122,9 @@ class CalibratedRates:
 
     def _memory_rate(self, operation: Operation) -> float:
         kind = _CHEAP.get(operation.name) or _KINDS.get(operation.family, "add")
-        dtype = operation.dtype if (kind, operation.dtype) in self._memory else "float32"
-        return self._memory[kind, dtype]((math.log2(max(operation.bytes, 1)),))
+        alike = ((other, dtype) for other in (kind, "add", "copy") for dtype in (operation.dtype, "float32"))
+        table = next((self._memory[key] for key in alike if key in self._memory), None) or next(iter(self._memory.values()))
+        return table((math.log2(max(operation.bytes, 1)),))
 
 
 _FORMS = {"nt": 0.0, "nn": 1.0, "tn": 2.0, "tt": 2.0}

@@ -25,15 +25,15 @@ MOST_SIMULATED = 4
 class Work:
     """What a step does, on average, and how many there are."""
 
-    micro_batches: int
-    """Of a rank in a step."""
+    micro_batches: float
+    """Of a rank in a step; a whole number in a pipeline."""
     tokens: float
     """Real tokens of a step, of all ranks; padding not counted."""
     sequences: float
     """Examples of a step, of all ranks."""
     total_steps: int
     scale: float = 1.0
-    """Positions of the average micro-batch for one of the traced one."""
+    """Time of the average micro-batch for that of the traced one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def forecast_time(
     ranks = {index: _Rank(operations, rates, network) for index, operations in stages.items()}
     if layout.pipeline > 1:  # passes of several micro-batches are interleaved, which tells nothing of their number
         for rank in ranks.values():
-            rank.micro_batches = work.micro_batches
+            rank.micro_batches = round(work.micro_batches)
     if layout.pipeline == 1:
         spent, optimizer = ranks[0].step(work, reduce_once=layout.zero == 1 and layout.data > 1)
         bubble = 0.0
@@ -180,14 +180,14 @@ class _Rank:
         those in the middle are like the first."""
         passes = [self._passes(number, work.scale) for number in range(self.micro_batches)]
         first, last, update = passes[0], passes[-1], self._update()
-        if self.micro_batches == 1 and work.micro_batches > 1:
+        if self.micro_batches == 1 and work.micro_batches >= 2:
             last = [*first, Block(self._accumulation_seconds())]
         middle = first if reduce_once and self.micro_batches > 1 else last
-        count = min(work.micro_batches, MOST_SIMULATED)
-        spent = _run([first, *[middle] * (count - 2), last] if count > 1 else [last], update)
+        count = max(min(int(work.micro_batches), MOST_SIMULATED), 1)
+        spent = _run(_sequence(first, middle, last, count), update)
         more = work.micro_batches - count
         if more > 0:
-            fewer = _run([first, *[middle] * (count - 3), last], update)
+            fewer = _run(_sequence(first, middle, last, count - 1), update)
             seconds, compute = spent.seconds - fewer.seconds, spent.compute - fewer.compute
             spent = Spent(seconds=spent.seconds + more * seconds, compute=spent.compute + more * compute)
         return spent, sum(block.compute for block in update)
@@ -197,6 +197,10 @@ class _Rank:
         blocks = self._select(lambda part: part.kind != "update" and (part.kind == "forward") != backward, scale)
         spent = run_blocks(blocks)
         return Spent(seconds=spent.seconds / self.micro_batches, compute=spent.compute / self.micro_batches)
+
+    def passes(self) -> list[Block]:
+        """Of all traced micro-batches."""
+        return self._select(lambda part: part.kind != "update", 1.0)
 
     def update(self) -> Spent:
         return run_blocks(self._update())
@@ -249,6 +253,17 @@ class _Rank:
         return 3 * sum(count * self.rates.seconds(operation, "update") for operation, count in norms)
 
 
+def _sequence(first: list[Block], middle: list[Block], last: list[Block], count: int) -> list[list[Block]]:
+    """So many micro-batches; a single one reduces what it computed, as the last one does."""
+    return [first, *[middle] * (count - 2), last] if count > 1 else [last][:count]
+
+
+def pass_seconds(operations: Operations, rates: Rates) -> float:
+    """Forward and backward of a traced micro-batch, communication not counted."""
+    rank = _Rank(operations, rates, Network())
+    return sum(block.compute for block in rank.passes()) / rank.micro_batches
+
+
 def _scaled(block: Block, scale: float) -> Block:
     return block if scale == 1.0 else Block(scale * block.compute, block.gather, block.reduce, scale * block.inline)
 
@@ -269,7 +284,7 @@ def _pipeline(ranks: Mapping[int, _Rank], layout: Layout, network: Network, work
         [spent.seconds for spent in forward],
         [spent.seconds for spent in backward],
         ranks=layout.pipeline,
-        micro_batches=work.micro_batches,
+        micro_batches=round(work.micro_batches),
         schedule=layout.schedule,
         send_seconds=link.seconds(of_stage[0].send_bytes()),
     )

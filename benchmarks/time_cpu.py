@@ -1,0 +1,250 @@
+"""Forecast and measured seconds of a training step on this machine: small models with random weights, through the command line.
+
+    python benchmarks/time_cpu.py [--quick] [--only NAME …] [--ranking] [--save]
+
+The machine is calibrated first (`sartor.machine.calibrate`), then every job is forecast and run (`python -m sartor train`, a
+process each). Measured is the median step of metrics.jsonl after warm-up; where lengths differ, forecast and measurement are both
+means over the run. `--ranking` runs all candidates of small jobs (micro-batches, packing, recomputation) and tells how much slower
+the one that the forecast finds fastest is than the fastest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, save
+from sartor import api
+from sartor.machine import Calibration, calibrate, probe
+from sartor.predict.job_time import time_of_strategy
+
+TOKENIZER = REPOSITORY / "src/sartor/demo/model"
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model (kind, width, layers, heads, vocabulary) and how it is trained. `ragged`: texts of a quarter of the length up."""
+
+    kind: str = "llama"
+    width: int
+    layers: int
+    vocabulary: int = 4096
+    method: str = "full"
+    precision: str = "float32"
+    recompute: str = "none"
+    length: int = 256
+    batch: int = 8
+    micro_batch: int = 8
+    packing: bool = False
+    ragged: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+RUNS = {
+    "1m": Case(width=128, layers=4, length=128, batch=16, micro_batch=16),
+    "1m-short": Case(width=128, layers=4, length=64, batch=4, micro_batch=1),
+    "3m-gpt2": Case(kind="gpt2", width=192, layers=6, length=256),
+    "3m-recompute": Case(width=192, layers=6, length=512, recompute="full", batch=4, micro_batch=4),
+    "10m": Case(width=320, layers=6, length=512, batch=4, micro_batch=4),
+    "10m-lora": Case(width=320, layers=6, method="lora"),
+    "10m-prefix": Case(width=320, layers=6, method="prefix", length=128),
+    "10m-ragged": Case(width=320, layers=6, ragged=True, length=256, batch=16, micro_batch=4),
+    "10m-packed": Case(width=320, layers=6, ragged=True, packing=True, length=256, batch=16, micro_batch=4),
+    "25m-bf16": Case(width=448, layers=8, vocabulary=8192, precision="bf16", batch=4, micro_batch=4),
+    "25m-qwen3": Case(kind="qwen3", width=512, layers=8, vocabulary=8192, batch=4, micro_batch=2),
+    "60m": Case(width=640, layers=10, vocabulary=8192, batch=4, micro_batch=4),
+    "60m-long": Case(width=640, layers=10, vocabulary=8192, length=1024, batch=2, micro_batch=1, recompute="full"),
+    "120m-lora-recompute": Case(
+        width=768, layers=12, vocabulary=16384, method="lora", recompute="full", length=512, batch=2, micro_batch=2
+    ),
+    "120m-lora-bf16": Case(
+        width=768, layers=12, vocabulary=16384, method="lora", precision="bf16-mixed", length=256, batch=4, micro_batch=4
+    ),
+    "200m": Case(width=896, layers=16, vocabulary=16384, batch=2, micro_batch=1, length=128),
+}
+QUICK = ("1m", "3m-gpt2", "10m-lora", "10m-ragged")
+
+RANKED = {
+    "1m": RUNS["1m"],
+    "1m-ragged": Case(width=128, layers=4, ragged=True, length=128, batch=16, micro_batch=16),
+    "1m-lora": Case(width=128, layers=4, method="lora", ragged=True, length=128, batch=16, micro_batch=16),
+    "3m-gpt2": Case(kind="gpt2", width=192, layers=6, ragged=True, length=256),
+    "3m-long": Case(width=192, layers=6, length=512, batch=4, micro_batch=4),
+    "5m-vocabulary": Case(width=192, layers=4, vocabulary=16384, ragged=True, length=128),
+    "10m-short": Case(width=320, layers=6, ragged=True, length=64, batch=16, micro_batch=16),
+    "10m-lora": Case(width=320, layers=6, method="lora", ragged=True),
+    "10m-bf16": Case(width=320, layers=6, precision="bf16", ragged=True, length=128),
+    "10m-qwen3": Case(kind="qwen3", width=256, layers=6, ragged=True, length=128),
+}
+
+
+def config(case: Case) -> dict[str, Any]:
+    """The model's config.json."""
+    heads = max(case.width // 64, 2)
+    if case.kind == "gpt2":
+        sizes = {
+            "n_embd": case.width,
+            "n_layer": case.layers,
+            "n_head": heads,
+            "n_positions": 2048,
+            "vocab_size": case.vocabulary,
+        }
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **sizes}
+    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    return {
+        "architectures": [names[case.kind]],
+        "model_type": case.kind,
+        "vocab_size": case.vocabulary,
+        "hidden_size": case.width,
+        "intermediate_size": case.width * 43 // 16,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if case.kind == "llama" else max(heads // 2, 1),
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+
+
+def write_job(case: Case, folder: Path, steps: int) -> Path:
+    """Model, data and job of a case."""
+    (folder / "config.json").write_text(json.dumps(config(case)), encoding="utf-8")
+    source = random.Random(0)
+    words = ["the", "tailor", "cuts", "a", "blue", "coat", "and", "sews", "it", "with", "small", "stitches", "by", "river"]
+    lines = [" ".join(source.choices(words, k=source.randint(case.length // 4, case.length))) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    data: dict[str, Any] = {"path": str(folder / "text.txt"), "documents": "lines", "max_length": case.length}
+    if not case.ragged:
+        data = {"synthetic": {"length": case.length, "examples": 400}, "max_length": case.length}
+    job = {
+        "model": {"path": str(folder / "config.json"), "tokenizer": str(TOKENIZER), "random_weights": True},
+        "data": {**data, "packing": case.packing},
+        "method": case.method,
+        "precision": case.precision,
+        "training": {"max_steps": steps, "global_batch": case.batch, "tensorboard": False},
+        "strategy": {"micro_batch": case.micro_batch, "recompute": case.recompute},
+        "evaluation": {"generate": 0},
+        "machine": {"device": "cpu"},
+        "output": str(folder / f"run-{case.micro_batch}-{case.recompute}-{case.packing}"),
+        **case.changes,
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    return path
+
+
+def forecast(path: Path, calibration: Calibration) -> dict[str, Any]:
+    """Plan the job and forecast the time of its strategy."""
+    from sartor.data import prepare
+    from sartor.model import load_tokenizer, resolve
+    from sartor.plan import batch_order
+
+    plan = api.plan(str(path), ())
+    job, strategy = plan.job, plan.strategy
+    source = resolve(job.model)
+    sets = prepare(job, load_tokenizer(job.model), max_length=job.data.max_length or 0, vocab_size=source.vocab_size)
+    made = time_of_strategy(
+        job,
+        source,
+        plan.machine,
+        sets.train,
+        batch_order(job, sets),
+        calibration=calibration,
+        precision=strategy.precision,
+        recompute=strategy.recompute,
+        attention=strategy.attention,
+        layout=strategy.layout,
+        capacity=strategy.row_capacity,
+        packing=strategy.packing,
+        micro_batch=strategy.micro_batch,
+    )
+    assert made is not None, "the machine is calibrated"
+    return {"forecast_seconds": made.step_seconds, "mfu": round(made.mfu, 3), "breakdown": made.breakdown}
+
+
+def measure(path: Path, *, ragged: bool) -> float:
+    """Seconds of a step: the median, or the mean without the slowest tenth where steps differ."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "sartor", "train", str(path)], capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr.strip()[-800:])
+    output = Path(json.loads(path.read_text(encoding="utf-8"))["output"])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line["tokens"] / line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM_UP:]
+    if not ragged:
+        return statistics.median(steps)
+    kept = sorted(steps)[: max(len(steps) * 9 // 10, 1)]
+    return statistics.mean(kept)
+
+
+def run(name: str, case: Case, calibration: Calibration, *, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_job(case, Path(scratch), steps)
+        result: dict[str, Any] = {"run": name, **forecast(path, calibration)}
+        result["measured_seconds"] = measure(path, ragged=case.ragged)
+    result["error"] = round(result["forecast_seconds"] / result["measured_seconds"] - 1, 4)
+    return result
+
+
+def candidates(case: Case) -> list[Case]:
+    """Every way to run it: micro-batches halved down to one, packed or not, recomputed or not."""
+    sizes = [case.batch >> step for step in range(case.batch.bit_length()) if case.batch >> step >= 1]
+    packing = (False, True) if case.ragged and case.kind == "llama" else (False,)
+    return [
+        dataclasses.replace(case, micro_batch=size, packing=packed, recompute=recompute)
+        for size, packed, recompute in itertools.product(sizes, packing, ("none", "full"))
+    ]
+
+
+def rank(name: str, case: Case, calibration: Calibration, *, steps: int) -> dict[str, Any]:
+    """How much slower than the fastest candidate the one is that the forecast takes for it."""
+    rows = [run(f"{name} {number}", candidate, calibration, steps=steps) for number, candidate in enumerate(candidates(case))]
+    chosen, best = (min(rows, key=lambda row: row[key]) for key in ("forecast_seconds", "measured_seconds"))
+    return {
+        "job": name,
+        "candidates": len(rows),
+        "slower_than_fastest": round(chosen["measured_seconds"] / best["measured_seconds"] - 1, 4),
+        "chosen": chosen["run"],
+        "fastest": best["run"],
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="a few jobs and steps")
+    parser.add_argument("--only", nargs="*", default=[], help="names of jobs")
+    parser.add_argument("--ranking", action="store_true", help="the candidates of small jobs instead")
+    parser.add_argument("--save", action="store_true", help="write a result file")
+    arguments = parser.parse_args()
+    calibration = calibrate(probe(), keep=False, say=print)
+    print(f"calibrated in {calibration.seconds:.0f} s {'; '.join(calibration.notes)}")
+    steps = 5 if arguments.quick else 12
+    cases = RANKED if arguments.ranking else RUNS
+    names = arguments.only or [name for name in cases if not arguments.quick or name in QUICK]
+    results = []
+    for name in names:
+        result = (rank if arguments.ranking else run)(name, cases[name], calibration, steps=steps)
+        results.append(result)
+        print({key: value for key, value in result.items() if key != "rows"}, flush=True)
+    if not arguments.ranking:
+        errors = sorted(abs(result["error"]) for result in results)
+        print(f"{len(errors)} jobs: median error {statistics.median(errors):.1%}, worst {errors[-1]:.1%}")
+    if arguments.save:
+        print(save("time-ranking" if arguments.ranking else "time-cpu", results, note="; ".join(calibration.notes)))
+
+
+if __name__ == "__main__":
+    main()
