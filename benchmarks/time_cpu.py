@@ -4,8 +4,8 @@
 
 The machine is calibrated first (`sartor.machine.calibrate`), then every job is forecast and run (`python -m sartor train`, a
 process each). Measured is the median step of metrics.jsonl after warm-up; where lengths differ, forecast and measurement are both
-means over the run. `--ranking` runs all candidates of small jobs (micro-batches, packing, recomputation) and tells how much slower
-the one that the forecast finds fastest is than the fastest one.
+means over the run. `--ranking` runs all candidates of small jobs (micro-batches, packing, recomputation) and tells how much
+slower the one that the forecast finds fastest is than the fastest one.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def test_everything_is_measured(measured: Calibration) -> None:
         ("nn", True),
     }
     assert {rate.kind for rate in rates.memory} == {
-        "add", "copy", "cast", "exp", "silu", "softmax", "layer_norm", "sum", "gather",
+        "add", "copy", "cast", "exp", "silu", "tanh", "bernoulli", "masked_fill", "softmax", "layer_norm", "sum",
+        "gather",
     }  # fmt: skip
     assert {rate.total_bytes > 2**22 for rate in rates.memory} == {True, False}
     assert {(rate.dtype, rate.form) for rate in rates.attention} == {
@@ -107,6 +108,9 @@ def test_operators_on_memory_compute_and_count_their_bytes() -> None:
         "cast": row + row // 2,
         "exp": 2 * row,
         "silu": 2 * row,
+        "tanh": 2 * row,
+        "bernoulli": row,
+        "masked_fill": 2 * row + row // 4,
         "softmax": 2 * row,
         "layer_norm": 2 * row,
         "sum": row + 16,
@@ -165,7 +169,7 @@ def test_rates_hold_for_one_machine(machine: Machine, measured: Calibration) -> 
         (lambda text: text[:100], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "another version"),
-        (lambda text: text.replace('"version": 1', '"version": 0'), "another version"),
+        (lambda text: text.replace('"version": 2', '"version": 0'), "another version"),
         (lambda text: text.replace('"operator_seconds"', '"operator_second"'), "damaged"),
         (lambda text: text.replace('"dtype": "float32"', '"dtype": 32', 1), "damaged"),
         (lambda text: text.replace('"batch": 1,', '"batch": null,', 1), "damaged"),
@@ -306,4 +310,4 @@ def test_the_clock_takes_the_time_of_the_device_when_it_is_left_alone(monkeypatc
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 1
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 2

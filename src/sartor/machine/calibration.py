@@ -25,7 +25,7 @@ from sartor.errors import writing
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 """Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
 
 
@@ -50,7 +50,8 @@ class MemoryRate:
     """An operator that is limited by memory, or by what it computes for each element; operands stay the same in all repeats."""
 
     kind: str
-    """add, copy, cast (to the other format), exp, silu, softmax (rows of 1024), layer_norm (rows of 1024), sum, gather (rows)."""
+    """add, copy, cast (to the other format), exp, silu, tanh, bernoulli, masked_fill, softmax (rows of 1024), layer_norm (rows
+    of 1024), sum, gather (rows)."""
     dtype: str
     """Of the input."""
     total_bytes: int
@@ -100,6 +101,14 @@ class DeviceRates:
     """The same, recorded for backward."""
     backward_operator_seconds: float
     """Its backward."""
+    view_seconds: float
+    """A view from Python, recorded for backward."""
+    view_backward_seconds: float
+    """Its backward."""
+    block_operator_seconds: float
+    """An operator among those of a decoder block of no size: with the Python and the modules around it."""
+    block_backward_operator_seconds: float
+    """The same in the block's backward."""
     adamw_parameters_per_second: float
     """Fused AdamW, float32, one large tensor."""
     adamw_tensor_seconds: float

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.machine.calibration import AttentionRate, DeviceRates, LossRate, MatmulRate, MemoryRate
 from sartor.machine.clock import Call, Clock
@@ -44,11 +45,17 @@ def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str]) -> Devic
     with torch.device(clock.device):
         operators = _operators(clock)
         recorded, backward = _recorded_operators(clock)
+        view, view_backward = _recorded_operators(clock, lambda value: value.view(64))
+        in_block, in_block_backward = _block_operators(clock, (view, view_backward))
         adamw, per_tensor = _adamw(clock)
         # Lists are made in this order, each within its own time.
         return DeviceRates(
             operator_seconds=operators,
             recorded_operator_seconds=recorded,
+            view_seconds=view,
+            view_backward_seconds=view_backward,
+            block_operator_seconds=in_block,
+            block_backward_operator_seconds=in_block_backward,
             backward_operator_seconds=backward,
             adamw_parameters_per_second=adamw,
             adamw_tensor_seconds=per_tensor,
@@ -162,7 +169,7 @@ def _memory_calls(rows: int, dtype: torch.dtype) -> dict[str, tuple[Call, int]]:
     cast, sums = torch.empty(rows, _COLUMNS, dtype=other), torch.empty(rows, dtype=dtype)
     mean, scale = torch.empty(rows, 1), torch.empty(rows, 1)
     weight, bias = _noise(_COLUMNS, dtype=dtype), _noise(_COLUMNS, dtype=dtype)
-    order = torch.randperm(rows)
+    order, flags = torch.randperm(rows), a > 0
     size = a.nbytes
     if a.device.type == "cpu":
         # Kernels of accelerators give mean and deviation of a row in float32, those of CPUs in the format of the input.
@@ -173,6 +180,9 @@ def _memory_calls(rows: int, dtype: torch.dtype) -> dict[str, tuple[Call, int]]:
         "cast": (lambda: cast.copy_(a), size + cast.nbytes),
         "exp": (lambda: torch.exp(a, out=out), 2 * size),
         "silu": (lambda: aten.silu.out(a, out=out), 2 * size),
+        "tanh": (lambda: torch.tanh(a, out=out), 2 * size),
+        "bernoulli": (lambda: out.bernoulli_(0.9), size),
+        "masked_fill": (lambda: out.masked_fill_(flags, 0.0), 2 * size + flags.nbytes),
         "softmax": (lambda: aten._softmax.out(a, -1, False, out=out), 2 * size),
         "layer_norm": (
             lambda: aten.native_layer_norm.out(a, [_COLUMNS], weight, bias, 1e-5, out0=out, out1=mean, out2=scale),
@@ -276,20 +286,85 @@ def _operators(clock: Clock) -> float:
         return clock.seconds(lambda: torch.add(a, b), budget=0.1)
 
 
-def _recorded_operators(clock: Clock, length: int = 64) -> tuple[float, float]:
+def _recorded_operators(
+    clock: Clock, operator: Callable[[Tensor], Tensor] = lambda value: value * 1.0, length: int = 64
+) -> tuple[float, float]:
     """Seconds of a tiny operator recorded for backward, and of its backward, in a chain of `length`."""
     first = _noise(64).requires_grad_()
 
     def chain() -> Tensor:
         value = first
         for _ in range(length):
-            value = value * 1.0
+            value = operator(value)
         return value
 
     end = chain()
     gradient = torch.ones_like(end)
     backward = clock.seconds(lambda: torch.autograd.grad(end, first, gradient, retain_graph=True), budget=0.1)
     return clock.seconds(chain, budget=0.1) / length, backward / length
+
+
+class _Block(nn.Module):
+    """A decoder block as models are written, of no size: what it takes is Python, modules, views and autograd."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.queries, self.keys, self.values, self.output, self.gate, self.up, self.down = (
+            nn.Linear(width, width, bias=False) for _ in range(7)
+        )
+
+    def norm(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        turned: Tensor = x * cosine + torch.cat((-second, first), dim=-1) * sine
+        return turned
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        h = self.norm(x)
+        q, k, v = (layer(h).view(rows, length, 2, width // 2).transpose(1, 2) for layer in (self.queries, self.keys, self.values))
+        q, k = self.rotate(q, cosine, sine), self.rotate(k, cosine, sine)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.output(mixed.transpose(1, 2).reshape(rows, length, width).contiguous())
+        h = self.norm(x)
+        inner: Tensor = self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + inner
+
+
+class _Count(TorchDispatchMode):
+    """Counts operators that do work, and views."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = self.views = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view or func is torch.ops.aten._unsafe_view.default:
+            self.views += 1
+        else:
+            self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _block_operators(clock: Clock, view_seconds: tuple[float, float]) -> tuple[float, float]:
+    """Seconds of an operator among those of a decoder block, forward and backward; its views are counted by themselves."""
+    block, x = _Block(), _noise(1, 2, 8).requires_grad_()
+    cosine, sine = torch.ones(2, 4), torch.zeros(2, 4)
+    leaves = [x, *block.parameters()]
+    with _Count() as forward:
+        end = block(x, cosine, sine)
+    gradient = torch.ones_like(end)
+    with _Count() as backward:
+        torch.autograd.grad(end, leaves, gradient, retain_graph=True)
+    seconds = clock.seconds(lambda: block(x, cosine, sine), budget=0.1)
+    back = clock.seconds(lambda: torch.autograd.grad(end, leaves, gradient, retain_graph=True), budget=0.1)
+    taken = zip((seconds, back), (forward, backward), view_seconds, strict=True)
+    in_block, in_backward = (max(whole - count.views * view, whole / 4) / count.operators for whole, count, view in taken)
+    return in_block, in_backward
 
 
 def _noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.predict.operations import Operation, Operations, Segment
+from sartor.predict.operations import VIEW, Operation, Operations, Segment
 from sartor.predict.operators import describe, describe_one, is_collective, tensors_of
 
 _NO_TASK = -1
@@ -25,6 +25,8 @@ class Notebook:
         self._phase = self._kind = ""
         self._unit = self._micro_batch = 0
         self._counts: Counter[int] = Counter()
+        self._view: int | None = None
+        self._updates: dict[tuple[str, int], Segment] = {}
 
     def note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, *, phase: str, unit: int) -> None:
         """The operator ran once on these operands."""
@@ -40,6 +42,15 @@ class Notebook:
             place = self._places[key]
         if place is not None:
             self._count(place, phase, _kind_of(phase), unit)
+
+    def note_view(self, *, phase: str, unit: int) -> None:
+        """A view was made."""
+        if self._view is None:
+            self._view = self._add(VIEW)
+        assert self._view is not None, "a view is an operation"
+        kind = _kind_of(phase)
+        if kind == self._kind or kind != "forward":  # after a backward pass the loss is detached: no new micro-batch
+            self._count(self._view, phase, kind, unit)
 
     def note_list(self, func: Any, args: Any, kwargs: dict[str, Any], *, phase: str, units: Sequence[int]) -> None:
         """An operator over lists of equal length ran once: one entry for each place in the lists."""
@@ -80,10 +91,18 @@ class Notebook:
             elif kind == "forward" and self._kind != "forward":
                 self._micro_batch += 1
             self._phase, self._kind, self._unit = phase, kind, unit
-            segment = Segment(phase=phase, kind=kind, unit=unit, micro_batch=self._micro_batch)
-            self.operations.segments.append(segment)
-            self._counts = segment.counts
+            self._counts = self._segment(phase, kind, unit).counts
         self._counts[place] += 1
+
+    def _segment(self, phase: str, kind: str, unit: int) -> Segment:
+        """A new one; an update goes through parameters in any order, and has one for each unit."""
+        if kind == "update" and (phase, unit) in self._updates:
+            return self._updates[phase, unit]
+        segment = Segment(phase=phase, kind=kind, unit=unit, micro_batch=self._micro_batch)
+        self.operations.segments.append(segment)
+        if kind == "update":
+            self._updates[phase, unit] = segment
+        return segment
 
 
 def _kind_of(phase: str) -> str:

@@ -69,6 +69,10 @@ class Operation:
         return self.read_bytes + self.written_bytes
 
 
+VIEW = Operation(name="view", family="view", dtype="", flops=0, read_bytes=0, written_bytes=0, made_bytes=0)
+"""All views: they move nothing, but on a CPU asking for one takes as long as a small operator."""
+
+
 @dataclass(kw_only=True)
 class Segment:
     """A stretch of the step: one unit (or what lies outside of units) in one pass."""
@@ -107,9 +111,15 @@ class Operations:
             if kind in (None, segment.kind) and family in (None, operation.family)
         )
 
+    def footprint(self) -> int:
+        """Bytes that the forward pass of a micro-batch makes: what lies between a tensor's first and its last use, or so."""
+        return sum(
+            count * operation.made_bytes for part, operation, count in self if part.kind == "forward" and not part.micro_batch
+        )
+
     def calls(self) -> int:
         """Operators that do work."""
-        return sum(count for _, _, count in self)
+        return sum(count for _, operation, count in self if operation is not VIEW)
 
     def step(self, number: int = 2) -> Operations:
         """Those of one of the traced optimizer steps; the second is like all that follow."""

@@ -44,7 +44,7 @@ _SILENT = {
 _NAMES = {
     "transcendental": """exp expm1 log log1p sin cos tan tanh tanh_backward sigmoid sigmoid_backward silu silu_backward gelu
         gelu_backward pow erf softplus softplus_backward mish mish_backward hardswish elu""",
-    "softmax": "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp logaddexp",
+    "softmax": "_softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp logaddexp",
     "reduction": """sum mean max min amax amin any all argmax prod var std var_mean linalg_vector_norm norm cumsum topk sort
         nll_loss_forward count_nonzero _foreach_norm""",
     "norm": """native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm

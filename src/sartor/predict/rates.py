@@ -6,6 +6,7 @@ the rate of the memory, whichever takes longer, and never less than an operator 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from sartor.machine.calibration import Calibration, DeviceRates
 from sartor.machine.catalogue import DeviceModel
-from sartor.predict.operations import Operation
+from sartor.predict.operations import VIEW, Operation
 
 Pass = str
 
@@ -28,6 +29,10 @@ class Rates(Protocol):
     """How far a forecast with these rates may be off, as a share of it."""
 
     def seconds(self, operation: Operation, kind: Pass) -> float: ...
+
+    def during(self, footprint: int) -> Rates:
+        """Those while a step runs that goes through so many bytes before it comes back to the same ones."""
+        ...
 
     def peak(self, dtype: str) -> float:
         """Operations a second of the arithmetic in this format, at best."""
@@ -45,12 +50,16 @@ _KINDS = {
     "copy": "copy",
     "fill": "copy",
     "index": "gather",
-    "random": "exp",
+    "random": "bernoulli",
     "other": "add",
 }
 """Family of operators → the calibration's operator on memory that is most like it."""
-_CHEAP = {"pow": "add", "exp": "exp", "_to_copy": "cast"}
+_OWN = {
+    "pow": "add", "exp": "exp", "tanh": "tanh", "_to_copy": "cast", "masked_fill": "masked_fill", "masked_fill_": "masked_fill"
+}  # fmt: skip
 """Operators unlike the rest of their family: the only power that models take is the square."""
+_MEASURED_IN_CACHE = 23.0
+"""Logarithm of the bytes up to which results are in memory that the allocator keeps, by default."""
 _NEAREST = 4
 _CALIBRATED_SPREAD = 0.25
 
@@ -65,17 +74,27 @@ class CalibratedRates:
     spread = _CALIBRATED_SPREAD
 
     def __init__(self, calibration: Calibration, *, keeps_up_to: int | None = KEEPS_UP_TO) -> None:
-        """`keeps_up_to`: tensors above it are in memory that is new each time; None where the allocator keeps all. Raises
-        ValueError for a calibration without products or without operators on memory."""
+        """`keeps_up_to`: tensors from that size on are in memory that is new each time; None where the allocator keeps all.
+        Raises ValueError for a calibration without products or operators on memory."""
         rates = calibration.device
         if not rates.matmul or not rates.memory:
             raise ValueError("the calibration is not complete: measure again when the machine is idle")
-        self._rates, self._keeps_up_to = rates, keeps_up_to
+        self._rates, self._keeps_up_to, self._footprint = rates, keeps_up_to, 0
         self._products = _products(rates)
         self._memory = _memory(rates)
         self._attention = _attention(rates)
         self._loss = _loss(rates)
         self._known = cache(self._seconds)
+        self._during: dict[int, CalibratedRates] = {}
+
+    def during(self, footprint: int) -> CalibratedRates:
+        """Operators on memory are as fast as they are on operands of that size together: what is larger than the caches is not
+        in them when it is used again."""
+        size = 1 << footprint.bit_length()
+        if size not in self._during:
+            made = self._during[size] = copy.copy(self)
+            made._footprint, made._known = size, cache(made._seconds)
+        return self._during[size]
 
     def seconds(self, operation: Operation, kind: Pass) -> float:
         return self._known(operation, kind)
@@ -86,23 +105,34 @@ class CalibratedRates:
 
     def _seconds(self, operation: Operation, kind: Pass) -> float:
         rates = self._rates
+        if operation is VIEW:
+            return rates.view_backward_seconds if kind == "backward" else rates.view_seconds
         if operation.family == "optimizer":
             return operation.sizes[0] / rates.adamw_parameters_per_second + rates.adamw_tensor_seconds
-        overhead = {"backward": rates.backward_operator_seconds, "update": rates.operator_seconds}
-        return overhead.get(kind, rates.recorded_operator_seconds) + self._work(operation) + self._new_memory(operation)
+        overhead = {"backward": rates.block_backward_operator_seconds, "update": rates.operator_seconds}
+        return overhead.get(kind, rates.block_operator_seconds) + self._work(operation) + self._new_memory(operation)
 
     def _work(self, operation: Operation) -> float:
         if operation.family == "matmul" and operation.flops and len(operation.sizes) == 4:
-            return operation.flops / self._product_rate(operation)
+            return operation.flops / self._product_rate(operation) + self._fetching(operation)
         if operation.family == "attention" and operation.flops:
             return operation.flops / self._attention_rate(operation)
         if operation.name in self._loss:
             return operation.sizes[0] / self._loss[operation.name](operation)
         return operation.bytes / self._memory_rate(operation)
 
+    def _fetching(self, operation: Operation) -> float:
+        """Products were measured with their operands as near as they fit; in a step they come from where the step left them."""
+        near, far = (self._curve("copy", "float32")((math.log2(size),)) for size in self._sizes(operation))
+        return max(operation.bytes / far - operation.bytes / near, 0.0)
+
+    def _sizes(self, operation: Operation) -> tuple[int, int]:
+        """Bytes of the operands, and of what the step goes through."""
+        return max(operation.bytes, 1), max(operation.bytes, self._footprint, 1)
+
     def _new_memory(self, operation: Operation) -> float:
         touch = self._rates.first_touch_bytes_per_second
-        if touch is None or self._keeps_up_to is None or operation.made_bytes <= self._keeps_up_to:
+        if touch is None or self._keeps_up_to is None or operation.made_bytes < self._keeps_up_to:
             return 0.0
         return operation.made_bytes / touch
 
@@ -121,10 +151,18 @@ class CalibratedRates:
         return rate if operation.form != "full" else rate / 2  # measured with a causal mask, which spares half
 
     def _memory_rate(self, operation: Operation) -> float:
-        kind = _CHEAP.get(operation.name) or _KINDS.get(operation.family, "add")
-        alike = ((other, dtype) for other in (kind, "add", "copy") for dtype in (operation.dtype, "float32"))
-        table = next((self._memory[key] for key in alike if key in self._memory), None) or next(iter(self._memory.values()))
-        return table((math.log2(max(operation.bytes, 1)),))
+        kind = _OWN.get(operation.name) or _KINDS.get(operation.family, "add")
+        near, far = map(math.log2, self._sizes(operation))
+        own = self._curve(kind, operation.dtype)
+        if kind != "layer_norm":
+            return own((far,))
+        # It was measured with memory for its results, which large ones get anew from the system each time.
+        return min(own((min(near, _MEASURED_IN_CACHE),)), self._curve("copy", operation.dtype)((far,)))
+
+    def _curve(self, kind: str, dtype: str) -> Table:
+        """Of this operator on memory, or of the most similar one that was measured."""
+        alike = ((other, format) for other in (kind, "add", "copy") for format in (dtype, "float32"))
+        return next((self._memory[key] for key in alike if key in self._memory), None) or next(iter(self._memory.values()))
 
 
 _FORMS = {"nt": 0.0, "nn": 1.0, "tn": 2.0, "tt": 2.0}
@@ -199,19 +237,16 @@ def _loss(rates: DeviceRates) -> dict[str, Callable[[Operation], float]]:
         by_dtype: dict[str, list[float]] = defaultdict(list)
         for rate in rates.loss:
             by_dtype[rate.dtype].append(getattr(rate, field))
-        means = {dtype: math.exp(sum(map(math.log, found)) / len(found)) for dtype, found in by_dtype.items()}
-        tables[name] = lambda operation, means=means: means.get(operation.dtype) or next(iter(means.values()))  # type: ignore[misc]
+        # The slower of them had memory for its results that was new, which is counted by itself.
+        best = {dtype: max(found) for dtype, found in by_dtype.items()}
+        tables[name] = lambda operation, best=best: best.get(operation.dtype) or next(iter(best.values()))  # type: ignore[misc]
     return tables
 
 
 # -- published -----------------------------------------------------------------------------------------------------------------
 
-MATMUL_SHARES = {
-    "A100": 0.86, "H100": 0.80, "H200": 0.80, "GH200": 0.83, "B200": 0.78, "MI250": 0.77, "MI300": 0.60, "Gaudi2": 0.99,
-}  # fmt: skip
-"""Of the published peak, what large bfloat16 products reach: S. Bekman, Machine Learning Engineering, "Maximum Achievable
-Matmul FLOPS comparison table", and for Gaudi 2 his post on it. Devices that are not in it: the median."""
 OTHER_MATMUL_SHARE = 0.80
+"""Of the published peak, what large products reach on devices for which nobody published it; about the median of the others."""
 ATTENTION_SHARES = {"A100": (0.73, 0.63), "H100": (0.35, 0.35), "H200": (0.35, 0.35)}
 """Of the peak, what FlashAttention-2 reaches forward and backward: Dao 2023 (arXiv 2307.08691, abstract and section 4), and for
 Hopper Shah et al. 2024 (arXiv 2407.08608, abstract)."""
@@ -233,7 +268,7 @@ class CatalogueRates:
         ValueError for a device whose rates are not published."""
         if not device.peak_flops_per_second or not device.memory_bandwidth_bytes_per_second:
             raise ValueError(f"{device.name} has no published rates")
-        matmul = next((share for name, share in MATMUL_SHARES.items() if device.name.startswith(name)), OTHER_MATMUL_SHARE)
+        matmul = device.matmul_efficiency or OTHER_MATMUL_SHARE
         attention = next(
             (both for name, both in ATTENTION_SHARES.items() if device.name.startswith(name)), OTHER_ATTENTION_SHARES
         )
@@ -245,6 +280,10 @@ class CatalogueRates:
     def seconds(self, operation: Operation, kind: Pass) -> float:
         return self._known(operation, kind)
 
+    def during(self, footprint: int) -> CatalogueRates:
+        """Published bandwidths are those of the memory, whatever the caches hold."""
+        return self
+
     def peak(self, dtype: str) -> float:
         """Operations a second in this format, or in the nearest that the device has."""
         rates = self.device.peak_flops_per_second
@@ -252,8 +291,9 @@ class CatalogueRates:
         return next((rates[name] for name in (*order.get(dtype, (dtype,)), "float32") if name in rates), max(rates.values()))
 
     def _seconds(self, operation: Operation, kind: Pass) -> float:
-        share = self._matmul
-        flops = operation.flops
+        if operation is VIEW:  # the host is ahead of the device
+            return 0.0
+        share, flops = self._matmul, operation.flops
         if operation.family == "attention":
             share = self._attention[operation.name.endswith("_backward")]
             flops = flops // 2 if operation.form == "causal" else flops

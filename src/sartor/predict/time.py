@@ -156,6 +156,7 @@ class _Rank:
 
     def __post_init__(self) -> None:
         self.traced = self.operations.step()
+        self.rates = self.rates.during(self.traced.footprint())
         seconds = self.traced.seconds(self._compute_seconds)
         self._blocks = [
             (segment, self._block(segment, float(computed)))

@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
         units = self._units_of_results(args, len(leaves)) if self._by_parameter else None
         for place, leaf in enumerate(leaves):
             self.see(leaf, unit=units[place] if units else None)
-        if not self._closed and not is_silent(func):
+        if not self._closed:
             self._note(func, args, kwargs or {}, result)
         if scratch:
             self._note_scratch(scratch)
@@ -79,6 +79,10 @@ class StorageTracker(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Note what the operator computes; over lists of parameters, each one's share, for the unit that it belongs to."""
+        if is_silent(func):
+            if func.is_view and not self._by_parameter:
+                self._notebook.note_view(phase=self.phase, unit=self._unit)
+            return
         if self._by_parameter and _is_list(args):
             self._notebook.note_list(func, args, kwargs, phase=self.phase, units=[self.unit_of(tensor) for tensor in args[0]])
             return
