@@ -106,9 +106,9 @@ class DeviceRates:
     view_backward_seconds: float
     """Its backward."""
     block_operator_seconds: float
-    """An operator among those of a decoder block of no size: with the Python and the modules around it."""
+    """An operator among those of a decoder's blocks of no size: with the Python and the modules around it."""
     block_backward_operator_seconds: float
-    """The same in the block's backward."""
+    """The same in backward, with what it takes to add up gradients and to forget the graph."""
     adamw_parameters_per_second: float
     """Fused AdamW, float32, one large tensor."""
     adamw_tensor_seconds: float

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -304,37 +304,6 @@ def _recorded_operators(
     return clock.seconds(chain, budget=0.1) / length, backward / length
 
 
-class _Block(nn.Module):
-    """A decoder block as models are written, of no size: what it takes is Python, modules, views and autograd."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.queries, self.keys, self.values, self.output, self.gate, self.up, self.down = (
-            nn.Linear(width, width, bias=False) for _ in range(7)
-        )
-
-    def norm(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-        turned: Tensor = x * cosine + torch.cat((-second, first), dim=-1) * sine
-        return turned
-
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        rows, length, width = x.shape
-        h = self.norm(x)
-        q, k, v = (layer(h).view(rows, length, 2, width // 2).transpose(1, 2) for layer in (self.queries, self.keys, self.values))
-        q, k = self.rotate(q, cosine, sine), self.rotate(k, cosine, sine)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.output(mixed.transpose(1, 2).reshape(rows, length, width).contiguous())
-        h = self.norm(x)
-        inner: Tensor = self.down(F.silu(self.gate(h)) * self.up(h))
-        return x + inner
-
-
 class _Count(TorchDispatchMode):
     """Counts operators that do work, and views."""
 
@@ -351,20 +320,35 @@ class _Count(TorchDispatchMode):
 
 
 def _block_operators(clock: Clock, view_seconds: tuple[float, float]) -> tuple[float, float]:
-    """Seconds of an operator among those of a decoder block, forward and backward; its views are counted by themselves."""
-    block, x = _Block(), _noise(1, 2, 8).requires_grad_()
-    cosine, sine = torch.ones(2, 4), torch.zeros(2, 4)
-    leaves = [x, *block.parameters()]
-    with _Count() as forward:
-        end = block(x, cosine, sine)
-    gradient = torch.ones_like(end)
-    with _Count() as backward:
-        torch.autograd.grad(end, leaves, gradient, retain_graph=True)
-    seconds = clock.seconds(lambda: block(x, cosine, sine), budget=0.1)
-    back = clock.seconds(lambda: torch.autograd.grad(end, leaves, gradient, retain_graph=True), budget=0.1)
-    taken = zip((seconds, back), (forward, backward), view_seconds, strict=True)
-    in_block, in_backward = (max(whole - count.views * view, whole / 4) / count.operators for whole, count, view in taken)
-    return in_block, in_backward
+    """Seconds of an operator among those of a decoder's blocks, forward and backward; views are counted by themselves.
+
+    The model is transformers' Llama, of no size: what it takes is Python, modules and autograd.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=16))
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+
+    def forward() -> Tensor:
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits.sum()
+
+    def both() -> None:
+        model.zero_grad(set_to_none=True)
+        forward().backward()
+
+    with _Count() as ahead:
+        end = forward()
+    with _Count() as back:
+        end.backward()
+    seconds = clock.seconds(forward, budget=0.1)
+    taken = (seconds, max(clock.seconds(both, budget=0.2) - seconds, 0.0))
+    in_forward, in_backward = (
+        max(whole - count.views * view, whole / 4) / count.operators
+        for whole, count, view in zip(taken, (ahead, back), view_seconds, strict=True)
+    )
+    return in_forward, in_backward
 
 
 def _noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
