@@ -66,7 +66,8 @@ def forecast(machine: MachineModel, operations: Operations, speed: float) -> Tim
     layout = layout_of(machine)
     work = Work(micro_batches=GLOBAL_BATCH // layout.data, tokens=GLOBAL_BATCH * LENGTH, sequences=GLOBAL_BATCH, total_steps=1)
     rates = CatalogueRates(machine.device, speed=speed)
-    return forecast_time({0: operations}, rates=rates, layout=layout, network=network_of(machine), work=work)
+    network = network_of(machine.device, machine.devices_per_node, machine.network_bytes_per_second)
+    return forecast_time({0: operations}, rates=rates, layout=layout, network=network, work=work)
 
 
 def speed_from(machine: MachineModel, operations: Operations, sequences_per_second: float) -> float:

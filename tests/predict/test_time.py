@@ -96,7 +96,7 @@ def test_an_hour_has_its_price() -> None:
     assert made.energy_kwh == pytest.approx(0.7 * made.job_hours)
     assert forecast(traced(), work()).cost_usd is None
     machine = lookup("8xA100-80GB")
-    assert expenses_of(machine).watts == 8 * machine.device.tdp_watts  # type: ignore[operator]
+    assert expenses_of(machine.device, 8, None).watts == 8 * machine.device.tdp_watts  # type: ignore[operator]
 
 
 def test_shards_gather_and_reduce_beside_the_computation() -> None:
@@ -236,4 +236,8 @@ def test_published_rates() -> None:
     bare = dataclasses.replace(device, peak_flops_per_second={})
     with pytest.raises(ValueError, match="no published rates"):
         CatalogueRates(bare)
-    assert network_of(lookup("2xp5.48xlarge")).devices_per_node == 8
+    fabric = lookup("2xp5.48xlarge")
+    network = network_of(fabric.device, fabric.devices_per_node, fabric.network_bytes_per_second)
+    assert network.inside is not None
+    assert network.between is not None
+    assert network.inside.bytes_per_second > network.between.bytes_per_second

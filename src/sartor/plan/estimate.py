@@ -57,15 +57,15 @@ class Estimator:
 
     def time(self, strategy: Strategy) -> TimeForecast:
         """The time of a step, and what follows."""
-        sketch = self._sketch_of(strategy)
-        operations = sketch.operations(strategy.micro_batch)
+        positions = self.timing.workload(strategy).positions
+        operations = self._sketch_of(strategy).operations(positions / self._shape.width)
         if strategy.layout.devices > 1:
             operations = self._laid_out(operations, strategy)
         stages = dict.fromkeys(range(1), operations)
         layout = strategy.layout
         if layout.pipeline > 1:  # as if the stages were one after the other without a bubble
             strategy = dataclasses.replace(strategy, layout=dataclasses.replace(layout, pipeline=1))
-        return self.timing.forecast(strategy, stages, traced_positions=strategy.micro_batch * self._shape.width)
+        return self.timing.forecast(strategy, stages, traced_positions=positions)
 
     def _accumulated(self, strategy: Strategy) -> bool:
         return self.setting.order.global_batch > strategy.micro_batch * strategy.layout.data

@@ -17,7 +17,7 @@ from sartor.plan.plan import Rejected
 from sartor.plan.setting import Setting
 from sartor.plan.space import candidates
 from sartor.plan.strategy import Strategy
-from sartor.plan.timing import Timing, rates_of, traced_positions
+from sartor.plan.timing import Timing, rates_of
 from sartor.predict import MemoryForecast
 from sartor.predict.shapes import NotComparable
 from sartor.predict.time import TimeForecast
@@ -162,6 +162,5 @@ class _Walk:
     def _choice(self, strategy: Strategy, forecast: MemoryForecast) -> Choice:
         time = None
         if self.timing is not None and forecast.stages:
-            positions = traced_positions(self.setting, strategy)
-            time = self.timing.forecast(strategy, forecast.stages, traced_positions=positions)
+            time = self.timing.of_forecast(strategy, forecast)
         return Choice(strategy=strategy, forecast=forecast, time=time, rejected=tuple(self.rejected))

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from sartor.data.pack import fill_rows, micro_batches
+from sartor.data.pack import collate
 from sartor.machine import Machine
 from sartor.machine.calibration import load_calibration
 from sartor.plan.setting import Setting, worst_micro_batches
 from sartor.plan.strategy import Strategy
+from sartor.predict import MemoryForecast
 from sartor.predict.operations import Operations
 from sartor.predict.rates import CalibratedRates, CatalogueRates, Rates
-from sartor.predict.streams import Link, Network
-from sartor.predict.time import Expenses, TimeForecast, Work, forecast_time
+from sartor.predict.target import Target
+from sartor.predict.time import TimeForecast, Work, expenses_of, forecast_time, network_of
+from sartor.predict.whole import trace_job
+from sartor.predict.workload import Workload, sample_workload
 
-MESSAGE_SECONDS = {"inside": 10e-6, "between": 20e-6}
-"""What a message takes before its first byte: of the order that NCCL's own tests show over NVLink and over InfiniBand; no
-measurement of ours backs it."""
-MOST_STEPS = 64
-"""Steps over which lengths are averaged."""
+_EVEN = 1.1
+"""Positions of the largest micro-batch over those of the average one up to which the trace of the largest speaks for both."""
 
 
 def rates_of(machine: Machine) -> Rates | None:
     """Measured rates where this machine is calibrated, published ones where its device is known, else nothing."""
     calibration = None if machine.elsewhere else load_calibration(machine)
-    if calibration is not None:
+    if calibration is not None and calibration.device.matmul and calibration.device.memory:
         return CalibratedRates(calibration)
     try:
         return None if machine.rates is None else CatalogueRates(machine.rates)
@@ -33,63 +33,65 @@ def rates_of(machine: Machine) -> Rates | None:
         return None
 
 
-def network_of(machine: Machine) -> Network:
-    """Links between the machine's devices, as they are published."""
-    peer = machine.rates.peer_link_bytes_per_second if machine.rates else None
-    host = machine.rates.host_link_bytes_per_second if machine.rates else None
-    inside, between = peer or host, machine.network_bytes_per_second
-    return Network(
-        devices_per_node=machine.devices_per_node,
-        inside=Link(alpha_seconds=MESSAGE_SECONDS["inside"], bytes_per_second=inside) if inside else None,
-        between=Link(alpha_seconds=MESSAGE_SECONDS["between"], bytes_per_second=between) if between else None,
-    )
-
-
-def expenses_of(machine: Machine) -> Expenses:
-    """What an hour of the whole machine takes."""
-    watts = machine.rates.tdp_watts if machine.rates else None
-    return Expenses(
-        usd_per_hour=machine.price_usd_per_hour,
-        watts=None if watts is None else watts * machine.devices,
-    )
-
-
 class Timing:
     """Time forecasts of one setting's strategies."""
 
     def __init__(self, setting: Setting, rates: Rates) -> None:
+        machine = setting.machine
         self.setting, self.rates = setting, rates
-        self.network, self.expenses = network_of(setting.machine), expenses_of(setting.machine)
-        self._work = cache(self._average)
+        self.network = network_of(machine.rates, machine.devices_per_node, machine.network_bytes_per_second)
+        self.expenses = expenses_of(machine.rates, machine.devices, machine.price_usd_per_hour)
+        self._sampled = cache(self._sample)
 
-    def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: int) -> TimeForecast:
+    def workload(self, strategy: Strategy) -> Workload:
+        """What the run's average step holds under a strategy."""
+        return self._sampled(strategy.micro_batch, strategy.packing, strategy.row_capacity, strategy.layout.data)
+
+    def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: float) -> TimeForecast:
         """`stages`: what a rank of each traced pipeline stage computes for micro-batches of so many positions."""
-        layout = strategy.layout
-        work = self._work(strategy.micro_batch, strategy.packing, strategy.row_capacity, layout.data, traced_positions)
-        return forecast_time(stages, rates=self.rates, layout=layout, network=self.network, work=work, expenses=self.expenses)
-
-    def _average(self, micro_batch: int, packing: bool, row_capacity: int, ranks: int, traced_positions: int) -> Work:
-        """Over steps that lie evenly in the run."""
-        samples, order = self.setting.sets.train, self.setting.order
-        steps = sorted({number * order.total_steps // MOST_STEPS for number in range(MOST_STEPS)})
-        groups = tokens = sequences = positions = 0
-        for step in steps:
-            indices = order.indices(step)
-            rows = fill_rows(indices, samples.lengths, capacity=row_capacity, packing=packing)
-            cut = micro_batches(rows, micro_batch)
-            groups += len(cut)
-            tokens += sum(int(samples.lengths[index]) for index in indices)
-            sequences += len(indices)
-            positions += sum(len(group) * max(sum(int(samples.lengths[at]) for at in row) for row in group) for group in cut)
-        return Work(
-            micro_batches=max(round(groups / len(steps) / ranks), 1),
-            tokens=tokens / len(steps),
-            sequences=sequences / len(steps),
-            total_steps=order.total_steps,
-            scale=positions / groups / traced_positions,
+        workload = self.workload(strategy)
+        work = Work(
+            micro_batches=workload.micro_batches if strategy.layout.pipeline == 1 else max(round(workload.micro_batches), 1),
+            tokens=workload.tokens,
+            sequences=workload.sequences,
+            total_steps=workload.total_steps,
+            scale=workload.positions / traced_positions,
+        )
+        return forecast_time(
+            stages, rates=self.rates, layout=strategy.layout, network=self.network, work=work, expenses=self.expenses
         )
 
+    def of_forecast(self, strategy: Strategy, forecast: MemoryForecast) -> TimeForecast:
+        """The time of what was forecast. Memory is that of the largest micro-batch; where the average one is much smaller, it is
+        traced as well, since operators do not get faster in proportion. Over several devices they are taken to: a further trace
+        would take seconds there."""
+        largest = int(worst_micro_batches(self.setting.sets.train, self.setting.order, strategy)[0].input_ids_RT.size)
+        if strategy.layout.devices > 1 or largest <= _EVEN * self.workload(strategy).positions:
+            return self.forecast(strategy, forecast.stages, traced_positions=largest)
+        operations, positions = self._trace_typical(strategy)
+        return self.forecast(strategy, {0: operations}, traced_positions=positions)
 
-def traced_positions(setting: Setting, strategy: Strategy) -> int:
-    """Positions of the micro-batch that is traced for a strategy: the largest of the run."""
-    return int(worst_micro_batches(setting.sets.train, setting.order, strategy)[0].input_ids_RT.size)
+    def _trace_typical(self, strategy: Strategy) -> tuple[Operations, int]:
+        setting = self.setting
+        rows = [list(row) for row in self.workload(strategy).typical]
+        batch = collate(setting.sets.train, rows, pad_id=0, packing=strategy.packing)
+        ledger = trace_job(
+            setting.job,
+            setting.source,
+            [batch],
+            Target.of(setting.machine.device),
+            precision=setting.precision,
+            recompute=strategy.recompute,
+            attention=strategy.attention,
+        )
+        return ledger.operations, int(batch.input_ids_RT.size)
+
+    def _sample(self, micro_batch: int, packing: bool, row_capacity: int, ranks: int) -> Workload:
+        return sample_workload(
+            self.setting.sets.train,
+            self.setting.order,
+            capacity=row_capacity,
+            packing=packing,
+            micro_batch=micro_batch,
+            data_ranks=ranks,
+        )

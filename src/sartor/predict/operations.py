@@ -119,7 +119,7 @@ class Operations:
 
     def calls(self) -> int:
         """Operators that do work."""
-        return sum(count for _, operation, count in self if operation is not VIEW)
+        return sum(count for _, operation, count in self if operation.family != VIEW.family)
 
     def step(self, number: int = 2) -> Operations:
         """Those of one of the traced optimizer steps; the second is like all that follow."""

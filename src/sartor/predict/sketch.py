@@ -77,8 +77,8 @@ class Sketch:
         others_L = sum(self.live(kind, rows) for kind in ("weights", "optimizer", "activations"))
         return int((gradients_L + others_L).max())
 
-    def operations(self, rows: int) -> Operations:
-        """What one micro-batch of so many rows computes, and the update."""
+    def operations(self, rows: float) -> Operations:
+        """What one micro-batch of so many rows computes, and the update. A part of a row is a narrower micro-batch's."""
         low, high = self._operations
         table = [_between(one, other, rows) for one, other in zip(low.table, high.table, strict=True)]
         return Operations(table=table, segments=low.segments)
@@ -89,9 +89,9 @@ def _story(events: Sequence[Event]) -> list[tuple[int, str, bool]]:
     return [(event.storage, event.phase, event.size_bytes > 0) for event in events]
 
 
-def _between(low: Operation, high: Operation, rows: int) -> Operation:
+def _between(low: Operation, high: Operation, rows: float) -> Operation:
     def at(one: int, other: int) -> int:
-        return one + (other - one) * (rows - ROWS[0]) // (ROWS[1] - ROWS[0])
+        return max(one + round((other - one) * (rows - ROWS[0]) / (ROWS[1] - ROWS[0])), 0)
 
     changed: dict[str, Any] = {name: at(getattr(low, name), getattr(high, name)) for name in _LINEAR}
     sizes = tuple(at(one, other) for one, other in zip(low.sizes, high.sizes, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sartor.machine.catalogue import MachineModel
+from sartor.machine.catalogue import DeviceModel
 from sartor.parallel import Layout
 from sartor.predict.operations import Group, Operations, Segment
 from sartor.predict.rates import Rates
@@ -128,21 +128,20 @@ INSIDE_ALPHA_SECONDS, BETWEEN_ALPHA_SECONDS = 1e-5, 3e-5
 """Of a message within a node and between nodes: what NCCL's tests show for small messages is of this order."""
 
 
-def network_of(machine: MachineModel) -> Network:
-    """The links of a machine of the catalogue, as published."""
-    inside = machine.device.peer_link_bytes_per_second or machine.device.host_link_bytes_per_second
-    between = machine.network_bytes_per_second
+def network_of(device: DeviceModel | None, devices_per_node: int, between: float | None) -> Network:
+    """The links between devices of this kind, as published, and between their nodes (`between`: bytes a second)."""
+    inside = device and (device.peer_link_bytes_per_second or device.host_link_bytes_per_second)
     return Network(
-        devices_per_node=machine.devices_per_node,
-        inside=None if inside is None else Link(alpha_seconds=INSIDE_ALPHA_SECONDS, bytes_per_second=inside),
-        between=None if between is None else Link(alpha_seconds=BETWEEN_ALPHA_SECONDS, bytes_per_second=between),
+        devices_per_node=devices_per_node,
+        inside=Link(alpha_seconds=INSIDE_ALPHA_SECONDS, bytes_per_second=inside) if inside else None,
+        between=Link(alpha_seconds=BETWEEN_ALPHA_SECONDS, bytes_per_second=between) if between else None,
     )
 
 
-def expenses_of(machine: MachineModel) -> Expenses:
-    """An hour of it: on demand, at the power that its devices may draw."""
-    watts = machine.device.tdp_watts
-    return Expenses(usd_per_hour=machine.price_usd_per_hour, watts=None if watts is None else watts * machine.devices)
+def expenses_of(device: DeviceModel | None, devices: int, usd_per_hour: float | None) -> Expenses:
+    """An hour of a whole machine: on demand, at the power that its devices may draw."""
+    watts = device.tdp_watts if device else None
+    return Expenses(usd_per_hour=usd_per_hour, watts=None if watts is None else watts * devices)
 
 
 @dataclass
@@ -199,10 +198,6 @@ class _Rank:
         spent = run_blocks(blocks)
         return Spent(seconds=spent.seconds / self.micro_batches, compute=spent.compute / self.micro_batches)
 
-    def passes(self) -> list[Block]:
-        """Of all traced micro-batches."""
-        return self._select(lambda part: part.kind != "update", 1.0)
-
     def update(self) -> Spent:
         return run_blocks(self._update())
 
@@ -257,12 +252,6 @@ class _Rank:
 def _sequence(first: list[Block], middle: list[Block], last: list[Block], count: int) -> list[list[Block]]:
     """So many micro-batches; a single one reduces what it computed, as the last one does."""
     return [first, *[middle] * (count - 2), last] if count > 1 else [last][:count]
-
-
-def pass_seconds(operations: Operations, rates: Rates) -> float:
-    """Forward and backward of a traced micro-batch, communication not counted."""
-    rank = _Rank(operations, rates, Network())
-    return sum(block.compute for block in rank.passes()) / rank.micro_batches
 
 
 def _scaled(block: Block, scale: float) -> Block:
