@@ -27,7 +27,7 @@ from typing import Any
 from common import REPOSITORY, save
 from sartor import api
 from sartor.machine import calibrate, probe
-from sartor.machine.calibration import save_calibration
+from sartor.machine.calibration import find_calibration, save_calibration
 
 TOKENIZER = REPOSITORY / "src/sartor/demo/model"
 WARM_UP = 2
@@ -148,7 +148,7 @@ def write_job(case: Case, folder: Path, steps: int) -> Path:
 def forecast(path: Path) -> dict[str, Any]:
     """What `sartor plan` says of the job."""
     plan = api.plan(str(path), ())
-    assert plan.time is not None, "the machine is calibrated"
+    assert plan.time is not None, f"no time without rates: {find_calibration(plan.machine).reason}"
     made = plan.time
     return {
         "forecast_seconds": made.step_seconds,

@@ -334,16 +334,16 @@ def _block_operators(clock: Clock, view_seconds: tuple[float, float]) -> tuple[f
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits.sum()
 
-    def both() -> None:
-        model.zero_grad(set_to_none=True)
-        forward().backward()
+    trained = list(model.parameters())
+
+    def backward() -> None:
+        torch.autograd.grad(end, trained, retain_graph=True)
 
     with _Count() as ahead:
         end = forward()
     with _Count() as back:
-        end.backward()
-    seconds = clock.seconds(forward, budget=0.1)
-    taken = (seconds, max(clock.seconds(both, budget=0.2) - seconds, 0.0))
+        backward()
+    taken = clock.seconds(forward, budget=0.1), clock.seconds(backward, budget=0.1)
     in_forward, in_backward = (
         max(whole - count.views * view, whole / 4) / count.operators
         for whole, count, view in zip(taken, (ahead, back), view_seconds, strict=True)
