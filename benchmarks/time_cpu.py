@@ -196,8 +196,9 @@ def rank(name: str, case: Case, *, steps: int) -> dict[str, Any]:
     """How much slower than the fastest candidate the planner's own choice is, and the one with the shortest forecast."""
     rows = [run(f"{name} {number}", candidate, steps=steps) for number, candidate in enumerate(candidates(case))]
     shortest, best = (min(rows, key=lambda row: row[key]) for key in ("forecast_seconds", "measured_seconds"))
+    packing = "auto" if any(candidate.packing for candidate in candidates(case)) else False
     with tempfile.TemporaryDirectory() as scratch:
-        free = dataclasses.replace(case, micro_batch="auto", recompute="auto", packing="auto")
+        free = dataclasses.replace(case, micro_batch="auto", recompute="auto", packing=packing)
         strategy = forecast(write_job(free, Path(scratch), steps))["strategy"]
     chosen = next(row for row in rows if row["strategy"] == strategy)
     return {
