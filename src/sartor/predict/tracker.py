@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.model.regions import Reduction
+from sartor.predict.in_place import adds_up_in_place, lone_holders
 from sartor.predict.ledger import Event, Ledger
 from sartor.predict.notes import Notebook
 from sartor.predict.operators import is_silent
@@ -40,6 +41,7 @@ class StorageTracker(TorchDispatchMode):
         self._created: dict[int, int] = {}
         self._blind = self._closed = self._leaving = False
         self._target = target or Target(kind="cpu")
+        lone_holders()  # asked before a backward pass runs
         self._sizes: dict[int, int] = {}
         self._serials: dict[int, int] = {}
         self._count = 0
@@ -64,6 +66,8 @@ class StorageTracker(TorchDispatchMode):
             return not self._packed
         if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]) and args[0].dtype != torch.bfloat16:
             result = _grouped_mm(func, args, kwargs or {})
+        elif func is torch.ops.aten.add.Tensor and adds_up_in_place(args[0], args[1]):
+            result = args[0].add_(args[1])
         else:
             result = func(*args, **(kwargs or {}))
         scratch = self._target.transient_bytes(func, args)
