@@ -88,11 +88,11 @@ def _is_trained(source: Any) -> bool:
 
 
 def _of_job(job: Any, source: Any, machine: Any, precision: Any, length: int) -> dict[str, Any]:
-    from sartor.predict import forecast_memory
+    from sartor.predict import LargestSteps, forecast_memory
     from sartor.predict.shapes import Shape, blank_batch
 
-    batches = [blank_batch(Shape(1, length, length - 1), packing=False)]
-    forecast = forecast_memory(job, source, machine, batches, precision=precision, recompute=False, attention=None)
+    work = LargestSteps.alike([blank_batch(Shape(1, length, length - 1), packing=False)])
+    forecast = forecast_memory(job, source, machine, work, precision=precision, recompute=False, attention=None)
     if forecast.process_bytes is None:
         return {"bytes": None, "reason": forecast.reason}
     return {"bytes": forecast.process_bytes, "allocated_bytes": forecast.allocated_bytes, "verdict": forecast.verdict}

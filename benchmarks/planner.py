@@ -44,7 +44,7 @@ def job_of(name: str, data: Path) -> dict[str, Any]:
         "model": str(data / "configs" / config),
         "data": {"synthetic": {"length": 2048, "examples": batch}, "packing": False},
         "method": method,
-        "training": {"epochs": 1, "global_batch": batch},
+        "training": {"epochs": 2, "global_batch": batch},
         "machine": machine,
         "strategy": {"micro_batch": 1, "recompute": "none" if "7b" in name else "full"} if name in JOBS else "auto",
     }

@@ -33,7 +33,7 @@ from sartor.job.schema import MachineJob
 from sartor.machine import Device, probe
 from sartor.model import build, resolve
 from sartor.plan import Plan, batch_order, load_dtype
-from sartor.plan.setting import worst_micro_batches
+from sartor.plan.setting import largest_steps
 from sartor.predict.cuda import attention_kernel
 from sartor.predict.target import Target
 from sartor.predict.trace import run_traced_step
@@ -168,7 +168,7 @@ def _batches(plan: Plan) -> list[Batch]:
     job = plan.job
     assert job.data.max_length is not None
     sets = prepare(job, None, max_length=job.data.max_length, vocab_size=resolve(job.model).vocab_size)
-    return worst_micro_batches(sets.train, batch_order(job, sets), plan.strategy)
+    return list(largest_steps(sets.train, batch_order(job, sets), plan.strategy).largest)
 
 
 def _step(plan: Plan, folder: Path, device: str) -> TrainStep:

@@ -54,5 +54,5 @@ def test_short_examples_take_less_than_long_ones(tmp_path: Path) -> None:
         })  # fmt: skip
 
     ragged, even = plan([900] + [450] * 15), plan([900] * 16)
-    assert ragged.forecast.process_bytes == even.forecast.process_bytes
+    assert ragged.forecast.process_bytes == pytest.approx(even.forecast.process_bytes, rel=0.01)
     assert ragged.time.step_seconds / even.time.step_seconds == pytest.approx(17 / 32, rel=0.15)

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 from sartor.model import dissect, skeleton
 from sartor.parallel import Layout
-from sartor.plan.setting import Setting, worst_micro_batches
+from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.plan.timing import Timing
 from sartor.predict import count_trained
@@ -96,7 +96,7 @@ class Estimator:
     @cached_property
     def _shape(self) -> Shape:
         """Of the run's longest rows."""
-        batch = worst_micro_batches(self.setting.sets.train, self.setting.order, self._single)[0]
+        batch = largest_steps(self.setting.sets.train, self.setting.order, self._single).largest[0]
         return Shape(rows=1, width=batch.input_ids_RT.shape[1], kept=len(batch.kept_K))
 
     @cached_property

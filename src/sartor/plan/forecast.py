@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from sartor.plan.drift import with_drift
-from sartor.plan.setting import Setting, worst_micro_batches
+from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, forecast_memory
 
 
 def forecast_of(setting: Setting, strategy: Strategy) -> MemoryForecast:
-    """Of the run's largest micro-batch and, where the allocator's segments do not expand, of the order of all of them."""
+    """Of the run's largest steps and, where the allocator's segments do not expand, of the order of all of them."""
     forecast = forecast_memory(
         setting.job,
         setting.source,
         setting.machine,
-        worst_micro_batches(setting.sets.train, setting.order, strategy),
+        largest_steps(setting.sets.train, setting.order, strategy),
         precision=setting.precision,
         recompute=strategy.recompute,
         attention=strategy.attention,

@@ -1,7 +1,8 @@
-"""What every strategy for a job has in common, and the largest micro-batch of the run under one of them."""
+"""What every strategy for a job has in common, and what a run is made of under one of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sartor.data import DataSets, TokenSet
@@ -12,6 +13,7 @@ from sartor.machine import Machine
 from sartor.methods import MethodTraits
 from sartor.model import ModelSource
 from sartor.plan.strategy import Strategy
+from sartor.predict import LargestSteps
 from sartor.step import Precision
 
 MOST_STEPS = 20_000
@@ -47,18 +49,61 @@ def batch_order(job: Job, sets: DataSets) -> BatchOrder:
     )
 
 
-def worst_micro_batches(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> list[Batch]:
-    """The micro-batch of the run with most positions, twice where steps accumulate (gradients live beside it); in a pipeline as
-    often as a step has micro-batches, since several are under way at once."""
-    worst: tuple[int, list[list[int]]] = (-1, [])
-    most = 1
-    for step in range(min(order.total_steps, MOST_STEPS)):
-        rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
-        groups = micro_batches(rows, strategy.micro_batch)
-        most = max(most, -(-len(groups) // strategy.layout.data))
-        for group in groups:
-            width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
-            if len(group) * width > worst[0]:
-                worst = (len(group) * width, group)
-    batch = collate(samples, worst[1], pad_id=0, packing=strategy.packing)
-    return [batch] * (most if strategy.layout.pipeline > 1 else min(most, 2))
+def largest_steps(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> LargestSteps:
+    """What this run does, for its forecast: the largest micro-batch of its first step and of all others, and where steps
+    accumulate, the largest of those that find gradients (rows are sorted by length, so every step begins with its largest).
+
+    The first step finds no optimizer state; where it is not larger than a later one, that one stands for both. In a pipeline
+    every micro-batch is of the largest one's shape, and there are as many as a step has, since several are under way at once.
+    """
+    steps = [_groups(samples, order, strategy, step) for step in range(min(order.total_steps, MOST_STEPS))]
+    if strategy.layout.pipeline > 1:
+        most = max(-(-len(groups) // strategy.layout.data) for groups in steps)
+        largest = _largest(samples, [groups[0] for groups in steps])
+        batch = collate(samples, largest, pad_id=0, packing=strategy.packing)
+        return LargestSteps.alike([batch] * most, steps=order.total_steps)
+    first, later = (_standing(samples, some, strategy) for some in (steps[:1], steps[1:]))
+    if len(first) <= len(later) and all(
+        _size(samples, one) <= _size(samples, other) for one, other in zip(first, later, strict=False)
+    ):
+        first = later
+    made = _collated(samples, first, strategy)
+    then = made if first is later else _collated(samples, later, strategy)
+    return LargestSteps(first=made, later=then, steps=order.total_steps)
+
+
+def _collated(samples: TokenSet, groups: Sequence[_Group], strategy: Strategy) -> list[Batch]:
+    """A batch for each; the same one for equal sizes, which are traced once."""
+    made: dict[tuple[int, int], Batch] = {}
+    for group in groups:
+        if _size(samples, group) not in made:
+            made[_size(samples, group)] = collate(samples, group, pad_id=0, packing=strategy.packing)
+    return [made[_size(samples, group)] for group in groups]
+
+
+_Group = list[list[int]]
+"""The rows of a micro-batch, each the examples in it."""
+
+
+def _groups(samples: TokenSet, order: BatchOrder, strategy: Strategy, step: int) -> list[_Group]:
+    """The first micro-batch of a step, and the others in the order of their rows."""
+    rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
+    return micro_batches(rows, strategy.micro_batch)
+
+
+def _standing(samples: TokenSet, steps: Sequence[list[_Group]], strategy: Strategy) -> list[_Group]:
+    """One or two micro-batches that stand for all of these steps: the largest that finds no gradients, the largest that does."""
+    if not steps:
+        return []
+    after = [group for groups in steps if -(-len(groups) // strategy.layout.data) > 1 for group in groups[1:]]
+    return [_largest(samples, [groups[0] for groups in steps]), *([_largest(samples, after)] if after else [])]
+
+
+def _largest(samples: TokenSet, groups: Sequence[_Group]) -> _Group:
+    return max(groups, key=lambda group: _size(samples, group))
+
+
+def _size(samples: TokenSet, group: _Group) -> tuple[int, int]:
+    """Positions of a micro-batch; of equals, that with more targets is the larger."""
+    width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
+    return len(group) * width, sum(int(samples.trained_counts[index]) for row in group for index in row)

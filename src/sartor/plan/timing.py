@@ -8,7 +8,7 @@ from functools import cache
 from sartor.data.pack import collate
 from sartor.machine import Machine
 from sartor.machine.calibration import load_calibration
-from sartor.plan.setting import Setting, worst_micro_batches
+from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
 from sartor.predict.operations import Operations
@@ -19,7 +19,7 @@ from sartor.predict.whole import trace_job
 from sartor.predict.workload import Workload, sample_workload
 
 _EVEN = 1.1
-"""Positions of the largest micro-batch over those of the average one up to which the trace of the largest speaks for both."""
+"""Positions of the largest step's micro-batches over those of the average one up to which their trace speaks for both."""
 
 
 def rates_of(machine: Machine) -> Rates | None:
@@ -62,14 +62,21 @@ class Timing:
         )
 
     def of_forecast(self, strategy: Strategy, forecast: MemoryForecast) -> TimeForecast:
-        """The time of what was forecast. Memory is that of the largest micro-batch; where the average one is much smaller, it is
+        """The time of what was forecast. Memory is that of the largest step; where the average micro-batch is much smaller, it is
         traced as well, since operators do not get faster in proportion. Over several devices they are taken to: a further trace
         would take seconds there."""
-        largest = int(worst_micro_batches(self.setting.sets.train, self.setting.order, strategy)[0].input_ids_RT.size)
-        if strategy.layout.devices > 1 or largest <= _EVEN * self.workload(strategy).positions:
-            return self.forecast(strategy, forecast.stages, traced_positions=largest)
+        traced = self._traced_positions(strategy)
+        if strategy.layout.devices > 1 or traced <= _EVEN * self.workload(strategy).positions:
+            return self.forecast(strategy, forecast.stages, traced_positions=traced)
         operations, positions = self._trace_typical(strategy)
         return self.forecast(strategy, {0: operations}, traced_positions=positions)
+
+    def _traced_positions(self, strategy: Strategy) -> float:
+        """Positions of a micro-batch of the step whose memory was forecast, on average: its first is larger than the others."""
+        steps = largest_steps(self.setting.sets.train, self.setting.order, strategy)
+        sizes = [int(batch.input_ids_RT.size) for batch in steps.traced]
+        count = max(self.workload(strategy).micro_batches, 1.0)
+        return (sizes[0] + (count - 1) * sizes[-1]) / count
 
     def _trace_typical(self, strategy: Strategy) -> tuple[Operations, int]:
         setting = self.setting

@@ -1,5 +1,6 @@
 """The forecast: trace the real step on fake tensors, and say what it will need."""
 
+from sartor.predict.largest import LargestSteps
 from sartor.predict.ledger import KINDS, Ledger, Peak
 from sartor.predict.memory import MemoryForecast, forecast_memory
 from sartor.predict.module import forecast_module
@@ -9,6 +10,7 @@ from sartor.predict.whole import count_trained
 
 __all__ = [
     "KINDS",
+    "LargestSteps",
     "Ledger",
     "MemoryForecast",
     "Peak",

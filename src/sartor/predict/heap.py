@@ -67,13 +67,13 @@ class Heap:
         return self.peak_resident_bytes - self.peak_live_bytes
 
 
-def forecast_heap(ledger: Ledger, config: HeapConfig | None = None) -> Heap:
-    """What a run adds to the resident memory of a process whose heap is `config`: the middle of a few replays.
+def forecast_heap(ledger: Ledger, config: HeapConfig | None = None, *, steps: int = _STEPS) -> Heap:
+    """What a run of so many steps adds to the resident memory of a process whose heap is `config`: the middle of a few replays.
 
-    The heap drifts apart for some steps, so the ledger's last step is repeated.
+    The heap drifts apart for some steps, so the ledger's last one, the second, is repeated where the run has more.
     """
     config = config or HeapConfig()
-    events = repeat_last_step(ledger.events, times=_STEPS - 2)
+    events = repeat_last_step(ledger.events, times=max(min(steps, _STEPS) - 2, 0))
     found = [replay_heap(events, config, seed=number) for number in range(_REPLAYS)]
     mean = sum(heap.peak_resident_bytes for heap in found) // _REPLAYS
     typical = min(found, key=lambda heap: abs(heap.peak_resident_bytes - mean))

@@ -6,11 +6,10 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sartor.data.pack import Batch
 from sartor.errors import JobError
 from sartor.job.schema import Job
 from sartor.machine import Machine
@@ -21,6 +20,7 @@ from sartor.parallel import Layout
 from sartor.predict.allocator import AllocatorConfig, replay
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
+from sartor.predict.largest import LargestSteps
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.operations import Operations
 from sartor.predict.target import Target
@@ -120,7 +120,7 @@ def forecast_memory(
     job: Job,
     source: ModelSource,
     machine: Machine,
-    batches: Sequence[Batch],
+    work: LargestSteps,
     *,
     precision: Precision,
     recompute: bool,
@@ -128,12 +128,12 @@ def forecast_memory(
     layout: Layout | None = None,
     expandable_segments: bool = False,
 ) -> MemoryForecast:
-    """Trace two steps of the job over `batches`, replay the device's allocator, and compare with the device's memory.
+    """Trace the two steps of `work`, replay the device's allocator, and compare with the device's memory.
 
     Over several devices: of the rank that needs most; the others are in its `ranks`.
     """
     with collector_paused():
-        return _forecast(job, source, machine, batches, precision, recompute, attention, layout, expandable_segments)
+        return _forecast(job, source, machine, work, precision, recompute, attention, layout, expandable_segments)
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _forecast(
     job: Job,
     source: ModelSource,
     machine: Machine,
-    batches: Sequence[Batch],
+    work: LargestSteps,
     precision: Precision,
     recompute: bool,
     attention: str | None,
@@ -167,9 +167,9 @@ def _forecast(
         if layout.pipeline > 1:
             from sartor.predict.stages import trace_stages
 
-            ledgers = trace_stages(job, source, batches, target, **options)
+            ledgers = trace_stages(job, source, work.largest, target, **options)
         else:
-            ledgers = [(0, trace_job(job, source, batches, target, **options))]
+            ledgers = [(0, trace_job(job, source, work.first, target, later=work.later, **options))]
     except JobError:
         raise  # the job asks for what there is not
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide
@@ -179,7 +179,7 @@ def _forecast(
     if not ledgers:
         seconds = time.perf_counter() - start
         return MemoryForecast(**NOTHING, **surroundings.known, verdict="cannot say", reason=reason, trace_seconds=seconds)
-    ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments) for rank, ledger in ledgers]
+    ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments, work.steps) for rank, ledger in ledgers]
     fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
     seconds = time.perf_counter() - start
@@ -216,7 +216,9 @@ class _Surroundings:
         return dataclasses.asdict(self)
 
 
-def _of_rank(rank: int, ledger: Ledger, target: Target, around: _Surroundings, expandable_segments: bool) -> MemoryForecast:
+def _of_rank(
+    rank: int, ledger: Ledger, target: Target, around: _Surroundings, expandable_segments: bool, steps: int
+) -> MemoryForecast:
     """The forecast of one device, from its ledger."""
     peak, baseline, available = ledger.peak(), around.baseline_bytes, around.available_bytes
     reserved, held = None, []
@@ -231,7 +233,7 @@ def _of_rank(rank: int, ledger: Ledger, target: Target, around: _Surroundings, e
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
-        tensors = forecast_heap(ledger, process_heap()).peak_resident_bytes if has_glibc() else peak.total_bytes
+        tensors = forecast_heap(ledger, process_heap(), steps=steps).peak_resident_bytes if has_glibc() else peak.total_bytes
     verdict, reason = judge(baseline + tensors, available, around.tight_share, reserved)
     return MemoryForecast(
         **around.known,

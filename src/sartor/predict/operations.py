@@ -121,8 +121,12 @@ class Operations:
         """Operators that do work."""
         return sum(count for _, operation, count in self if operation.family != VIEW.family)
 
-    def step(self, number: int = 2) -> Operations:
-        """Those of one of the traced optimizer steps; the second is like all that follow."""
+    def step(self, number: int | None = None) -> Operations:
+        """Those of one of the traced optimizer steps; by default the last, which is like all that follow."""
+        if number is None:
+            number = max(
+                (int(part.phase[5:].partition(":")[0]) for part in self.segments if part.phase[:5] == "step "), default=1
+            )
         return Operations(
             table=self.table, segments=[part for part in self.segments if part.phase.startswith(f"step {number}: ")]
         )

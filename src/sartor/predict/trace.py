@@ -36,16 +36,17 @@ def trace_steps(
     make_step: Callable[[nn.Module], TrainStep | PipelineStep],
     batches: Sequence[Batch],
     *,
+    later: Sequence[Batch] | None = None,
     target: Target | None = None,
     reduction: Reduction | None = None,
 ) -> Ledger:
-    """Two training steps of a model that lives on the meta device, each over these micro-batches.
+    """Two training steps of a model that lives on the meta device, each over these micro-batches; the second one over `later`,
+    where that is given, and where it is empty there is none.
 
     `make_step` builds the same step that the run will use. With a `reduction` the events carry their units' tags.
     """
-    packed = any(_has_borders(batch) for batch in batches)
+    packed = any(_has_borders(batch) for batch in (*batches, *(later or ())))
     tracker = StorageTracker(packed=packed, target=target)
-    trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
     sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
     resizes = wrappers_watched(tracker) if sharded else contextlib.nullcontext()
     with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), resizes, tracker:
@@ -59,11 +60,19 @@ def trace_steps(
         tracker.follow(model, reduction)
         step = make_step(model)
         # Under FSDP2 both steps run: the first one, on a single micro-batch, sets up what the second one finds.
-        first = batches[:1] if sharded and isinstance(step, TrainStep) and not _alike(step, batches) else batches
-        gradients = run_traced_step(tracker, step, first, trained_tokens, shorten=True)
-        repeat_traced_step(tracker, step, batches, trained_tokens, gradients, again=first is not batches)
+        same = later is None or later is batches
+        first = batches[:1] if same and sharded and isinstance(step, TrainStep) and not _alike(step, batches) else batches
+        gradients = run_traced_step(tracker, step, first, _trained(batches), shorten=True)
+        if same:
+            repeat_traced_step(tracker, step, batches, _trained(batches), gradients, again=first is not batches)
+        elif later:
+            run_traced_step(tracker, step, later, _trained(later), number=1, shorten=True)
         tracker.close()
     return tracker.ledger
+
+
+def _trained(batches: Sequence[Batch]) -> int:
+    return max(sum(batch.trained_tokens for batch in batches), 1)
 
 
 def run_traced_step(

@@ -37,10 +37,13 @@ def trace_job(
     recompute: bool,
     attention: str | None,
     layout: Layout | None = None,
+    later: Sequence[Batch] | None = None,
 ) -> Ledger:
-    """Two steps of the job over these micro-batches. Layers that repeat are traced a few times and repeated; where that cannot
-    be (their traces differ, or the method treats layers by their number), the whole model is traced. Over several devices the
-    ledger is that of rank 0, which holds the largest part where parts differ."""
+    """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
+
+    Layers that repeat are traced a few times and repeated; where that cannot be (their traces differ, or the method treats layers
+    by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
+    where parts differ."""
     layout = layout or Layout()
     reduce_once = layout.zero == 1 and layout.data > 1
     if layout.data > 1:
@@ -56,6 +59,7 @@ def trace_job(
             model,
             lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once),
             batches,
+            later=later,
             target=target,
             reduction=reduction,
         )
