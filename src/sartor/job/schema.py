@@ -212,7 +212,7 @@ class StrategyJob:
     )
     zero: Literal["auto"] | int = option(
         "auto",
-        "what the devices of `shard` share: 1 optimizer state, 2 gradients as well, 3 weights as well (FSDP2)",
+        "what the devices of `shard` (and `context`) share: 1 optimizer state, 2 gradients as well, 3 weights as well (FSDP2)",
         at_least=1,
         at_most=3,
     )
@@ -221,6 +221,9 @@ class StrategyJob:
     )
     replicate: Literal["auto"] | int = option(
         "auto", "copies of that, gradients averaged among them; `auto`: one, or one a node", at_least=1
+    )
+    context: int = option(
+        1, "context parallel ranks: devices that share the tokens of a row (ring attention), and what `shard` shares", at_least=1
     )
     tensor: Literal["auto"] | int = option(
         "auto", "tensor parallel ranks: devices that compute every layer together; `auto`: at most those of a node", at_least=1

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 def parallelise(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """`model` with the layout's wrappers, in place. Raises JobError for what is not supported."""
     assert layout.pipeline == 1, "stages are cut first, and wrapped one by one (sartor.parallel.pipeline)"
+    if layout.context > 1:
+        from sartor.parallel.context import divide
+
+        divide(model, mesh, layout)
     if layout.tensor > 1:
         from sartor.parallel.tensor import split
 
         split(model, mesh, layout)
-    if layout.data > 1:
+    if layout.wrapped:
         from sartor.parallel.fsdp import shard
 
         shard(model, mesh, layout)

@@ -13,7 +13,7 @@ _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": tor
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
-    """`model` (on the meta device, or with its weights) under FSDP2 over the mesh's `shard` and `replicate` dimensions.
+    """`model` (on the meta device, or with its weights) under FSDP2 over the mesh's `shard` (with `context`) and `replicate`.
 
     Blocks are the members of the model's stacks; embeddings, final norm and head form the root's group,
     which FSDP2 keeps gathered between forward and backward.
@@ -23,7 +23,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     policy = MixedPrecisionPolicy()
     if layout.gather != "as-stored":
         policy = MixedPrecisionPolicy(param_dtype=_FORMATS[layout.gather], reduce_dtype=torch.float32)
-    where = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+    where = mesh["shard", "context"]._flatten("shared") if layout.context > 1 else mesh["shard"]
+    if layout.replicate > 1:
+        where = DeviceMesh._concatenate([mesh["replicate"], where])
     for stack in dissect(model).stacks:
         for layer in model.get_submodule(stack.path).children():
             fully_shard(layer, mesh=where, reshard_after_forward=layout.zero == 3, mp_policy=policy)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the mesh, outermost first: pipeline stages, replicas, shards, tensor parallel ranks. One device by default."""
+    """Sizes of the mesh, outermost first: pipeline stages, replicas, shards, context and tensor parallel ranks. One device by
+    default."""
 
     pipeline: int = 1
     replicate: int = 1
     """Copies of everything, gradients averaged among them (HSDP where there are shards as well)."""
     shard: int = 1
     """Devices that share one copy of what `zero` says."""
+    context: int = 1
+    """Devices that share the tokens of a row, and what the shards share."""
     tensor: int = 1
     zero: int = 3
     """Of the shards: 1 optimizer state, 2 gradients as well, 3 weights as well (FSDP2 with resharding after forward)."""
@@ -26,7 +29,17 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        return self.pipeline * self.replicate * self.shard * self.tensor
+        return self.pipeline * self.replicate * self.shared * self.tensor
+
+    @property
+    def shared(self) -> int:
+        """Ranks that share one copy of what `zero` says: shards, and the context parallel ranks of each."""
+        return self.shard * self.context
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether FSDP2 wraps the model."""
+        return self.replicate * self.shared > 1
 
     @property
     def data(self) -> int:
@@ -36,13 +49,14 @@ class Layout:
     @property
     def communicators(self) -> int:
         """Groups of ranks to which one rank belongs."""
-        return sum(size > 1 for size in (self.pipeline, self.replicate, self.shard, self.tensor))
+        return sum(size > 1 for size in (self.pipeline, self.replicate, self.shared, self.context, self.tensor))
 
     def describe(self) -> str:
         """In a few words; nothing for a single device."""
         parts = [
-            f"ZeRO-{self.zero} over {self.shard}" if self.shard > 1 else "",
+            f"ZeRO-{self.zero} over {self.shared}" if self.shared > 1 else "",
             f"{self.replicate} replicas" if self.replicate > 1 else "",
+            f"context parallel {self.context}" if self.context > 1 else "",
             f"tensor parallel {self.tensor}{' with sequence parallelism' if self.sequence else ''}" if self.tensor > 1 else "",
             f"{self.pipeline} pipeline stages ({self.schedule})" if self.pipeline > 1 else "",
         ]

@@ -133,20 +133,20 @@ class Estimator:
         """Shares of the states, the buffers that FSDP2 gathers into, and the activations of the passes."""
         layout, held, precision = strategy.layout, self._held, self.setting.precision
         passing, updating = sketch.activation_peaks(strategy.micro_batch)
-        split = layout.tensor if layout.sequence else 2 * layout.tensor / (1 + layout.tensor)
+        split = layout.context * (layout.tensor if layout.sequence else 2 * layout.tensor / (1 + layout.tensor))
         frozen, gathered = held.total - held.trained, self._gathered_width
         if self.setting.method.adapter:
             frozen = held.total
         stored = frozen * _WIDTH[precision.weights] + held.trained * _WIDTH[precision.trained]
         moments = 2 * held.trained * _WIDTH[precision.trained] if self.setting.job.training.optimizer != "sgd" else 0
-        gradients = held.trained * _WIDTH[precision.trained] / (layout.shard if layout.zero >= 2 else 1)
+        gradients = held.trained * _WIDTH[precision.trained] / (layout.shared if layout.zero >= 2 else 1)
         buffers = (held.root + 3 * held.block if layout.zero == 3 else held.total + held.block) * gathered
         if not self.setting.method.adapter:
             buffers += held.block * (gathered + _REDUCED)
-        states = (stored + moments) / layout.shard / layout.tensor / layout.pipeline
+        states = (stored + moments) / layout.shared / layout.tensor / layout.pipeline
         gradients /= layout.tensor * layout.pipeline
         in_passes = states + gradients * accumulated + buffers / layout.tensor + passing / split
-        return int(max(in_passes, states + gradients + updating / layout.data / layout.tensor))
+        return int(max(in_passes, states + gradients + updating / layout.replicate / layout.shared / layout.tensor))
 
     @property
     def _gathered_width(self) -> int:
@@ -166,14 +166,14 @@ class Estimator:
             counts = part.counts.copy()
             if part.unit >= 0 and part.kind != "update":
                 again = part.kind in ("backward", "recompute") and layout.zero == 3
-                if layout.shard > 1 and (part.kind == "forward" or (again and not _recomputed(operations, part))):
-                    counts[messages.place("all_gather", block, Group(layout.shard, layout.tensor, overlaps=True))] += 1
-                if layout.data > 1 and part.kind == "backward" and reduced:
-                    name = "reduce_scatter" if layout.shard > 1 else "all_reduce"
-                    counts[messages.place(name, reduced, Group(layout.shard, layout.tensor, overlaps=True))] += 1
+                if layout.shared > 1 and (part.kind == "forward" or (again and not _recomputed(operations, part))):
+                    counts[messages.place("all_gather", block, Group(layout.shared, layout.tensor, overlaps=True))] += 1
+                if layout.wrapped and part.kind == "backward" and reduced:
+                    name = "reduce_scatter" if layout.shared > 1 else "all_reduce"
+                    counts[messages.place(name, reduced, Group(layout.shared, layout.tensor, overlaps=True))] += 1
                     if layout.replicate > 1:
-                        outer = Group(layout.replicate, layout.tensor * layout.shard, overlaps=True)
-                        counts[messages.place("all_reduce", reduced // layout.shard, outer)] += 1
+                        outer = Group(layout.replicate, layout.tensor * layout.shared, overlaps=True)
+                        counts[messages.place("all_reduce", reduced // layout.shared, outer)] += 1
                 if layout.tensor > 1 and part.kind != "recompute":
                     counts[messages.place("all_reduce", hidden, Group(layout.tensor, 1))] += 2
             segments.append(dataclasses.replace(part, counts=counts))
@@ -208,14 +208,14 @@ def _recomputed(operations: Operations, part: Segment) -> bool:
 
 
 def _shared(operation: Operation, layout: Layout) -> Operation:
-    """A tensor parallel rank's part of an operator; an optimizer's part is its shard."""
-    ranks = layout.tensor * (layout.shard if operation.family == "optimizer" else 1)
+    """A tensor or context parallel rank's part of an operator; an optimizer's part is its shard."""
+    ranks = layout.tensor * (layout.shared if operation.family == "optimizer" else layout.context)
     if ranks == 1 or operation.family not in _SPLIT:
         return operation
     changed = {name: getattr(operation, name) // ranks for name in ("flops", "read_bytes", "written_bytes", "made_bytes")}
     sizes = operation.sizes
     if operation.family == "matmul" and len(sizes) == 4:
-        sizes = (sizes[0], sizes[1], max(sizes[2] // ranks, 1), sizes[3])
+        sizes = (sizes[0], max(sizes[1] // layout.context, 1), max(sizes[2] // layout.tensor, 1), sizes[3])
     elif operation.family == "optimizer" and sizes:
         sizes = (max(sizes[0] // ranks, 1), *sizes[1:])
     return dataclasses.replace(operation, **changed, sizes=sizes)

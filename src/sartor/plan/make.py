@@ -115,7 +115,9 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -
     wanted = job.data.packing
     if wanted is False:
         return False, ""
-    if not method.packing:
+    if job.strategy.context > 1:
+        reason = "ring attention (strategy.context) knows the plain causal mask only, and packed rows need another"
+    elif not method.packing:
         reason = f"method {job.method} puts virtual tokens before a row, so a row holds one example"
     else:
         reason = cannot_pack(model)

@@ -61,6 +61,8 @@ def check(job: Job, layout: Layout, micro_batches: int) -> None:
     check_schedule(layout, micro_batches)
     if layout.tensor > 1:
         raise JobError("tensor parallelism in pipeline stages is not forecast yet", remedy=f"strategy.tensor=1, or {WHOLE}")
+    if layout.context > 1:
+        raise JobError("context parallelism in pipeline stages is not forecast yet", remedy=f"strategy.context=1, or {WHOLE}")
     if traits(job).adapter and peft_config(job, meta=True).is_prompt_learning:
         raise JobError(
             f"method {job.method} cannot be cut into pipeline stages",

@@ -96,7 +96,7 @@ def forecast_time(
         for rank in ranks.values():
             rank.micro_batches = round(work.micro_batches)
     if layout.pipeline == 1:
-        spent, optimizer = ranks[0].step(work, reduce_once=layout.zero == 1 and layout.data > 1)
+        spent, optimizer = ranks[0].step(work, reduce_once=layout.zero == 1 and layout.wrapped)
         bubble = 0.0
     else:
         spent, optimizer, bubble = _pipeline(ranks, layout, network, work)
@@ -291,4 +291,11 @@ def _pipeline(ranks: Mapping[int, _Rank], layout: Layout, network: Network, work
 def _model_flops(ranks: Mapping[int, _Rank], layout: Layout, work: Work) -> float:
     """Of a step, of all devices."""
     stages = [ranks[max(known for known in ranks if known <= index)] for index in range(layout.pipeline)]
-    return work.scale * work.micro_batches * sum(rank.model_flops() for rank in stages) * layout.tensor * layout.data
+    return (
+        work.scale
+        * work.micro_batches
+        * sum(rank.model_flops() for rank in stages)
+        * layout.tensor
+        * layout.context
+        * layout.data
+    )

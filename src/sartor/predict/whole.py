@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from sartor.methods.adapters import peft_config
 from sartor.model import ModelSource, skeleton
 from sartor.model.regions import Reduction, reduce_depth
 from sartor.parallel import Layout, parallelise
+from sartor.parallel.context import check_job, fullest_rank, ring_attention, share
 from sartor.predict.ledger import Ledger
 from sartor.predict.repeat import NotRepeatable, expand
 from sartor.predict.target import Target
@@ -38,38 +40,60 @@ def trace_job(
     attention: str | None,
     layout: Layout | None = None,
     later: Sequence[Batch] | None = None,
+    context_rank: int | None = None,
 ) -> Ledger:
     """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
 
     Layers that repeat are traced a few times and repeated; where that cannot be (their traces differ, or the method treats layers
     by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
-    where parts differ."""
-    layout = layout or Layout()
-    reduce_once = layout.zero == 1 and layout.data > 1
-    if layout.data > 1:
+    where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`)."""
+    layout, rank = layout or Layout(), 0
+    reduce_once = layout.zero == 1 and layout.wrapped
+    if layout.context > 1:
+        check_job(job, layout)
+        own = fullest_rank((later or batches)[0], layout.context) if context_rank is None else context_rank
+        rank, batches, later = own * layout.tensor, *_shared_tokens(batches, later, own, layout.context)
+    if layout.wrapped:
         layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
 
     def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
+        ring = ring_attention(mesh, layout) if mesh is not None and layout.context > 1 else contextlib.nullcontext()
         model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
         reduction = reduce_depth(model) if shortened else Reduction()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
         if mesh is not None:
             parallelise(model, mesh, layout)
-        ledger = trace_steps(
-            model,
-            lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once),
-            batches,
-            later=later,
-            target=target,
-            reduction=reduction,
-        )
+        with ring:
+            ledger = trace_steps(
+                model,
+                lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once),
+                batches,
+                later=later,
+                target=target,
+                reduction=reduction,
+            )
         return expand(ledger, reduction)
 
-    with fake_world(layout) as mesh, target.rules():
+    with fake_world(layout, rank=rank) as mesh, target.rules():
         try:
             return traced(mesh, shortened=treats_layers_alike(job))
         except NotRepeatable:
             return traced(mesh, shortened=False)
+
+
+def _shared_tokens(
+    batches: Sequence[Batch], later: Sequence[Batch] | None, rank: int, ranks: int
+) -> tuple[list[Batch], list[Batch] | None]:
+    """A context parallel rank's part of the micro-batches; what was the same batch stays the same."""
+    own: dict[int, Batch] = {}
+
+    def part(whole: Sequence[Batch]) -> list[Batch]:
+        return [own[id(batch)] if id(batch) in own else own.setdefault(id(batch), share(batch, rank, ranks)) for batch in whole]
+
+    first = part(batches)
+    if later is None or later is batches:
+        return first, first
+    return first, part(later)
 
 
 def count_trained(job: Job, source: ModelSource, precision: Precision) -> int:

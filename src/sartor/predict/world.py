@@ -15,7 +15,7 @@ from sartor.errors import JobError
 from sartor.parallel import Layout
 from sartor.predict.tracker import StorageTracker
 
-DIMENSIONS = ("pipeline", "replicate", "shard", "tensor")
+DIMENSIONS = ("pipeline", "replicate", "shard", "context", "tensor")
 
 
 def make_mesh(layout: Layout, device_kind: str) -> DeviceMesh:
