@@ -1,8 +1,8 @@
 """Find where a model repeats itself, and leave out the middle: what holds for block 3 holds for block 30.
 
 Layers of a stack become units of one period (one layer, or six where every sixth attends to everything); a region is a row of
-equal units. Of a region with more than `KEPT` units the first three and the last two stay. Which are alike is read from the
-modules themselves: classes, shapes, and every plain number, flag and name they carry.
+equal units. Of a region with more than `KEPT` units the first three and the last two stay (of a sketch, two and one). Which are
+alike is read from the modules themselves: classes, shapes, and every plain number, flag and name they carry.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from sartor.model.blocks import dissect
 
 KEPT = 5
-TEMPLATE = 2
-"""Of the kept units, the one that stands for those left out: neither it nor its neighbours touch an end of the region."""
+EDGE = 2
+"""Kept units on either side of the one that stands for those left out: neither it nor its neighbours touch an end."""
 
 LONGEST_PERIOD = 12
 _OWN_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
@@ -25,23 +25,33 @@ _OWN_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training"
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A row of `count` equal units, of which `KEPT` are there; their tags are `first_tag` and the next ones."""
+    """A row of `count` equal units, of which some are there; their tags are `first_tag` and the next ones."""
 
     first_tag: int
     count: int
+    edge: int = EDGE
+
+    @property
+    def kept(self) -> int:
+        return 2 * self.edge + 1
+
+    @property
+    def template(self) -> int:
+        """The tag of the unit that stands for those left out."""
+        return self.first_tag + self.edge
 
     @property
     def copies(self) -> int:
         """How many units the template stands for, itself included."""
-        return self.count - KEPT + 1
+        return self.count - self.kept + 1
 
     def holds(self, tag: int) -> bool:
-        return self.first_tag <= tag < self.first_tag + KEPT
+        return self.first_tag <= tag < self.first_tag + self.kept
 
     def number(self, tag: int) -> int:
         """Place in the whole region of a kept unit; for the template, of the first unit it stands for."""
         place = tag - self.first_tag
-        return place if place <= TEMPLATE else self.count - KEPT + place
+        return place if place <= self.edge else self.count - self.kept + place
 
 
 @dataclass(kw_only=True)
@@ -57,7 +67,7 @@ class Reduction:
     def times(self, tag: int) -> int:
         """How many units of the whole model a kept one stands for."""
         region = next((region for region in self.regions if region.holds(tag)), None)
-        return region.copies if region is not None and tag == region.first_tag + TEMPLATE else 1
+        return region.copies if region is not None and tag == region.template else 1
 
     def continues(self, tag: int) -> bool:
         """Whether another unit of the same region follows."""
@@ -78,18 +88,19 @@ class Reduction:
         return total
 
 
-def reduce_depth(model: nn.Module) -> Reduction:
-    """Remove repeated layers from `model` (on the meta device), in place; its configuration follows."""
+def reduce_depth(model: nn.Module, *, edge: int = EDGE) -> Reduction:
+    """Remove repeated layers from `model` (on the meta device), in place; its configuration follows. Without neighbours on both
+    sides of the unit that stands for the others (`edge` 1) a trace cannot tell whether it may."""
     reduction = Reduction()
     for stack in dissect(model).stacks:
         layers = model.get_submodule(stack.path)
         assert isinstance(layers, nn.ModuleList | nn.Sequential)
         owner = model.get_submodule(stack.path.rpartition(".")[0])
-        _reduce_stack(reduction, layers, getattr(owner, "config", None))
+        _reduce_stack(reduction, layers, getattr(owner, "config", None), edge)
     return reduction
 
 
-def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any) -> None:
+def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any, edge: int) -> None:
     members, lists = list(layers), _per_layer(config, len(layers))
     signatures = [(signature(layer), *(str(values[at]) for values in lists.values())) for at, layer in enumerate(members)]
     kept: list[int] = []
@@ -100,8 +111,8 @@ def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, c
             kept += span
             continue
         first_tag = len(reduction.units)
-        reduction.regions.append(Region(first_tag=first_tag, count=count))
-        for place, unit in enumerate([*range(TEMPLATE + 1), count - 2, count - 1]):
+        reduction.regions.append(Region(first_tag=first_tag, count=count, edge=edge))
+        for place, unit in enumerate([*range(edge + 1), *range(count - edge, count)]):
             span = range(start + unit * period, start + (unit + 1) * period)
             reduction.units[first_tag + place] = [members[at] for at in span]
             kept += span

@@ -88,6 +88,7 @@ class Estimator:
                 precision=precision,
                 recompute=recompute,
                 attention=attention,
+                sketch=True,
             )
             for rows in ROWS
         ]
@@ -140,7 +141,7 @@ class Estimator:
         stored = frozen * _WIDTH[precision.weights] + held.trained * _WIDTH[precision.trained]
         moments = 2 * held.trained * _WIDTH[precision.trained] if self.setting.job.training.optimizer != "sgd" else 0
         gradients = held.trained * _WIDTH[precision.trained] / (layout.shared if layout.zero >= 2 else 1)
-        buffers = (held.root + 3 * held.block if layout.zero == 3 else held.total + held.block) * gathered
+        buffers = (held.root + 2 * held.block if layout.zero == 3 else held.total + held.block) * gathered
         if not self.setting.method.adapter:
             buffers += held.block * (gathered + _REDUCED)
         states = (stored + moments) / layout.shared / layout.tensor / layout.pipeline

@@ -22,8 +22,9 @@ from sartor.predict import MemoryForecast
 from sartor.predict.shapes import NotComparable
 from sartor.predict.time import TimeForecast
 
-HOPELESS = 1.15
-"""A candidate whose estimate is so many times what there is is not forecast; estimates were up to 7 % high."""
+HOPELESS = 1.02
+"""A candidate whose estimate is so many times what there is is not forecast. Estimates are of tensors alone: of those compared,
+none was above what the process was then forecast to need."""
 LEAST_FORWARD_SHARE = 0.2
 """Of a step, what computing the forward pass again adds at least: it is a third of the products, half with adapters."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from sartor.model.regions import KEPT, TEMPLATE, Reduction, Region
+from sartor.model.regions import EDGE, Reduction, Region
 from sartor.predict.ledger import Event, Ledger
 
 UNIT = Event._fields.index("unit")
@@ -43,15 +43,17 @@ def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
     names = _Names(ledger, reduction.regions)
     runs = [_Run.of(tag, list(events)) for tag, events in groupby(ledger.events, key=itemgetter(UNIT))]
     for region in reduction.regions:
+        if region.edge < EDGE:
+            continue
         _check(runs, region, names)
-        if not ledger.operations.alike(range(region.first_tag + TEMPLATE - 1, region.first_tag + TEMPLATE + 2)):
+        if not ledger.operations.alike(range(region.template - 1, region.template + 2)):
             raise NotRepeatable("blocks that look alike do not compute alike")
     whole = Ledger(operations=ledger.operations.repeated(reduction))
     for place, run in enumerate(runs):
         home = names.region_of(run.tag)
         if home is None:
             numbers: Sequence[int] = (0,)
-        elif run.tag != home.first_tag + TEMPLATE:
+        elif run.tag != home.template:
             numbers = (home.number(run.tag),)
         else:
             numbers = _order(runs, place, home)
@@ -66,7 +68,7 @@ class _Names:
 
     def __init__(self, ledger: Ledger, regions: Sequence[Region]) -> None:
         self.regions = regions
-        self._region_of = {region.first_tag + place: region for region in regions for place in range(KEPT)}
+        self._region_of = {region.first_tag + place: region for region in regions for place in range(region.kept)}
         self.owner: dict[int, int] = {}
         self.place: dict[int, int] = {}
         made: dict[int, int] = defaultdict(int)
@@ -98,7 +100,7 @@ class _Names:
                 yield storage, kind
                 continue
             first = region.number(tag)
-            copies = region.copies if tag == region.first_tag + TEMPLATE else 1
+            copies = region.copies if tag == region.template else 1
             for number in range(first, first + copies):
                 yield self._name(region, number, storage), kind
 
@@ -111,7 +113,7 @@ class _Names:
             return storage
         if home is region and abs(owner - tag) == 1:
             return self._name(region, number + owner - tag, storage)
-        if owner == home.first_tag + TEMPLATE:
+        if owner == home.template:
             raise NotRepeatable("something outside of its neighbours uses a repeated unit's memory")
         return self._name(home, home.number(owner), storage)
 
@@ -121,15 +123,15 @@ class _Names:
 
 def _order(runs: Sequence[_Run], place: int, region: Region) -> range:
     """Units in the order of this pass: up in forward, down in backward."""
-    template = region.first_tag + TEMPLATE
+    template = region.template
     before = next((run.tag for run in reversed(runs[:place]) if region.holds(run.tag)), template - 1)
-    first, last = TEMPLATE, TEMPLATE + region.copies - 1
+    first, last = region.edge, region.edge + region.copies - 1
     return range(last, first - 1, -1) if before > template else range(first, last + 1)
 
 
 def _check(runs: Sequence[_Run], region: Region, names: _Names) -> None:
     """The template's neighbours do what it does; references to a third unit are compared where that one is alike as well."""
-    below, template, above = (_story(runs, region.first_tag + TEMPLATE + step, names) for step in (-1, 0, 1))
+    below, template, above = (_story(runs, region.template + step, names) for step in (-1, 0, 1))
     if not _same(template, above, blurred=1) or not _same(template, below, blurred=-1):
         raise NotRepeatable("blocks that look alike do not allocate alike")
 

@@ -12,7 +12,7 @@ from sartor.job.schema import Job
 from sartor.methods import trained_parameters, traits
 from sartor.methods.adapters import peft_config
 from sartor.model import ModelSource, skeleton
-from sartor.model.regions import Reduction, reduce_depth
+from sartor.model.regions import EDGE, Reduction, reduce_depth
 from sartor.parallel import Layout, parallelise
 from sartor.parallel.context import check_job, fullest_rank, ring_attention, share
 from sartor.predict.ledger import Ledger
@@ -41,12 +41,13 @@ def trace_job(
     layout: Layout | None = None,
     later: Sequence[Batch] | None = None,
     context_rank: int | None = None,
+    sketch: bool = False,
 ) -> Ledger:
     """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
 
     Layers that repeat are traced a few times and repeated; where that cannot be (their traces differ, or the method treats layers
     by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
-    where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`)."""
+    where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`). A `sketch` keeps fewer layers and trusts them."""
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
@@ -59,7 +60,7 @@ def trace_job(
     def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
         ring = ring_attention(mesh, layout) if mesh is not None and layout.context > 1 else contextlib.nullcontext()
         model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
-        reduction = reduce_depth(model) if shortened else Reduction()
+        reduction = reduce_depth(model, edge=1 if sketch else EDGE) if shortened else Reduction()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
         if mesh is not None:
             parallelise(model, mesh, layout)
