@@ -26,7 +26,8 @@ from typing import Any
 
 from common import REPOSITORY, save
 from sartor import api
-from sartor.machine import calibrate, probe
+from sartor.machine import probe
+from sartor.machine.calibrate import calibrate
 from sartor.machine.calibration import find_calibration, save_calibration
 
 TOKENIZER = REPOSITORY / "src/sartor/demo/model"

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src/sartor"
 
 # A room imports rooms of lower floors only (docs/structure.md). `cli`, `api` and `demo` are the roof.
 FLOORS = [
-    {"errors"},
+    {"errors", "folders"},
     {"job"},
     {"machine"},
     {"kernels"},

@@ -154,8 +154,8 @@ def machine(
     import json
 
     from sartor.job.schema import MachineJob
-    from sartor.machine import calibrate as measure
     from sartor.machine import find_calibration, machine_of, probe
+    from sartor.machine.calibrate import calibrate as measure
     from sartor.machine.calibration import Kept
     from sartor.machine.catalogue import lookup
     from sartor.report import machine_mapping, show_machine

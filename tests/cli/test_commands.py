@@ -69,8 +69,9 @@ def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measuring itself is tested in the machine room: here what is kept and said around it."""
-    from sartor.machine import calibrate, find_calibration, probe
+    from sartor.machine import find_calibration, probe
     from sartor.machine import measure as measure_module
+    from sartor.machine.calibrate import calibrate
     from sartor.machine.clock import Clock
 
     for name, value in {"_ROWS_M": (16,), "_SHAPES_NK": ((64, 64),), "_MEMORY_BYTES": (), "_LENGTHS": ()}.items():

@@ -17,13 +17,15 @@ import torch.distributed as dist
 
 from machine_trees import write_tree
 from sartor.errors import UsageError
+from sartor.folders import cache_folder
 from sartor.job.schema import MachineJob
-from sartor.machine import Machine, calibrate, find_calibration, load_calibration, measure_collectives, probe
+from sartor.machine import Machine, find_calibration, load_calibration, probe
 from sartor.machine import calibration as module
 from sartor.machine import measure as measure_module
-from sartor.machine.calibration import Calibration, cache_folder, calibration_key, save_calibration
+from sartor.machine.calibrate import calibrate
+from sartor.machine.calibration import Calibration, calibration_key, save_calibration
 from sartor.machine.clock import Clock
-from sartor.machine.measure_links import disk_rate
+from sartor.machine.measure_links import disk_rate, measure_collectives
 
 CPU = torch.device("cpu")
 
@@ -268,7 +270,7 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
 
 _RANK = """
 import sys, torch.distributed as dist
-from sartor.machine import measure_collectives, measure_links
+from sartor.machine.measure_links import measure_collectives, measure_links
 measure_links._COLLECTIVE_BYTES, measure_links._COLLECTIVE_REPEATS = (2**10, 2**16), 3
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 rates = measure_collectives()

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from sartor.data.tokens import TokenSet
-from sartor.machine.calibration import cache_folder
+from sartor.folders import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """What the job runs on: devices, memory and cores, as this process may use them; their rates, measured or published."""
 
-from sartor.machine.calibrate import calibrate
 from sartor.machine.calibration import Calibration, find_calibration, load_calibration
-from sartor.machine.measure_links import measure_collectives
 from sartor.machine.memory import HostMemory, host_memory
 from sartor.machine.probe import Device, Machine, machine_of, probe
 
@@ -11,11 +9,9 @@ __all__ = [
     "Device",
     "HostMemory",
     "Machine",
-    "calibrate",
     "find_calibration",
     "host_memory",
     "load_calibration",
     "machine_of",
-    "measure_collectives",
     "probe",
 ]

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from sartor.errors import UsageError, writing
-from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, cache_folder, calibration_key, save_calibration
+from sartor.folders import cache_folder
+from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
 from sartor.machine.clock import Clock
 from sartor.machine.measure import device_rates
 from sartor.machine.measure_links import disk_rate, link_rate

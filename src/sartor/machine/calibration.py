@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import torch
 
 from sartor.errors import writing
+from sartor.folders import cache_folder
 
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
@@ -185,16 +186,6 @@ class Kept:
     path: Path | None
     calibration: Calibration | None = None
     reason: str = ""
-
-
-def cache_folder(purpose: str) -> Path | None:
-    """A folder of $SARTOR_CACHE, else of sartor in $XDG_CACHE_HOME or ~/.cache; None where there is no home."""
-    try:
-        if own := os.environ.get("SARTOR_CACHE"):
-            return Path(own).expanduser() / purpose
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sartor" / purpose
-    except RuntimeError:
-        return None
 
 
 def calibration_key(machine: Machine) -> str:
