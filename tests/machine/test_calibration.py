@@ -270,7 +270,8 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
 
 _RANK = """
 import sys, torch.distributed as dist
-from sartor.machine.measure_links import measure_collectives, measure_links
+from sartor.machine import measure_links
+from sartor.machine.measure_links import measure_collectives
 measure_links._COLLECTIVE_BYTES, measure_links._COLLECTIVE_REPEATS = (2**10, 2**16), 3
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 rates = measure_collectives()
