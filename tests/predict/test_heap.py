@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sartor.machine.heap import TRIM_THRESHOLD, mmap_threshold
 from sartor.predict.heap import COMPANIONS, HEADERS, HeapConfig, Malloc, forecast_heap, repeat_last_step, replay_heap
 from sartor.predict.heap_state import _chunks, process_heap
 from sartor.predict.ledger import Event, Ledger
@@ -75,15 +76,26 @@ def _stream(seed: int, events: int, least: int, most: int) -> list[Event]:
 
 
 @pytest.mark.parametrize(
-    ("events", "least", "most"),
-    [(4000, 64, 2_000_000), (3000, 1000, 100_000), (2000, 10_000, 20_000_000), (300, 1_000_000, 60_000_000)],
+    ("events", "least", "most", "kept"),
+    [
+        (4000, 64, 2_000_000, False),
+        (3000, 1000, 100_000, False),
+        (2000, 10_000, 20_000_000, False),
+        (300, 1_000_000, 60_000_000, False),
+        (300, 1_000_000, 60_000_000, True),
+    ],
 )
-def test_heap_grows_and_shrinks_as_the_real_one(real_malloc: Path, events: int, least: int, most: int) -> None:
+def test_heap_grows_and_shrinks_as_the_real_one(real_malloc: Path, events: int, least: int, most: int, kept: bool) -> None:
+    """`kept`: with the thresholds that training sets."""
+    config, said = HeapConfig(), {}
+    if kept:
+        config = HeapConfig(mmap_threshold_bytes=mmap_threshold(), trim_threshold_bytes=TRIM_THRESHOLD, dynamic=False)
+        said = {"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold()), "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD)}
     stream = _stream(events, events, least, most)
     given_events = b"".join(struct.pack("qq", event.storage, event.size_bytes) for event in stream)
-    done = subprocess.run([real_malloc, str(len(stream))], input=given_events, capture_output=True, check=True)
+    done = subprocess.run([real_malloc, str(len(stream))], input=given_events, capture_output=True, check=True, env=said)
     real = list(struct.iter_unpack("qq", done.stdout))
-    heap, chunks, replayed = Malloc(), {}, []
+    heap, chunks, replayed = Malloc(config), {}, []
     for event in stream:
         if event.size_bytes > 0:
             chunks[event.storage] = heap.memalign(event.size_bytes)

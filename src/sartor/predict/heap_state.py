@@ -6,13 +6,15 @@ import ctypes
 import dataclasses
 import re
 
+from sartor.machine.heap import TRIM_THRESHOLD, keeps_freed_memory, mmap_threshold
 from sartor.predict.heap_malloc import MIN_CHUNK, HeapConfig
 
 _BIN = re.compile(r'<(?:size|unsorted) from="(\d+)" to="(\d+)" total="(\d+)" count="(\d+)"/>')
 
 
-def process_heap(config: HeapConfig | None = None) -> HeapConfig:
-    """`config` (default: glibc's) with the free chunks of this process's main arena and settled thresholds.
+def process_heap(config: HeapConfig | None = None, *, kept: bool = False) -> HeapConfig:
+    """`config` (default: glibc's) with the free chunks of this process's main arena and settled thresholds; with `kept` those
+    that training sets (`sartor.machine.heap`).
 
     Chunks come from `malloc_info(3)`, which gives each bin's smallest, largest, number and sum. The thresholds cannot be asked
     for; they only ever rise, and loading libraries and data has raised them by the time a step is planned.
@@ -20,6 +22,10 @@ def process_heap(config: HeapConfig | None = None) -> HeapConfig:
     config = config or HeapConfig()
     most = config.mmap_threshold_max_bytes
     settled = dataclasses.replace(config, mmap_threshold_bytes=most, trim_threshold_bytes=2 * most)
+    if kept and keeps_freed_memory():
+        settled = dataclasses.replace(
+            config, mmap_threshold_bytes=mmap_threshold(), trim_threshold_bytes=TRIM_THRESHOLD, dynamic=False
+        )
     return dataclasses.replace(settled, free_chunks=tuple(_chunks(_malloc_info())))
 
 

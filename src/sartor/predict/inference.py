@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sartor.machine import Machine
+from sartor.machine.heap import has_glibc
 from sartor.machine.memory import resident_bytes
 from sartor.model.regions import Reduction
 from sartor.predict.allocator import AllocatorConfig, replay
@@ -22,7 +23,7 @@ from sartor.predict.memory import NOTHING, MemoryForecast
 from sartor.predict.repeat import NotRepeatable
 from sartor.predict.target import Target
 from sartor.predict.unroll import MOST_EVENTS, generation_ledger
-from sartor.predict.verdict import TIGHT_SHARE, has_glibc, judge
+from sartor.predict.verdict import TIGHT_SHARE, judge
 
 HANDLES = 1
 """Of the matrix library: generation has no backward pass, whose thread would take a second one."""

@@ -13,6 +13,7 @@ from typing import Any
 from sartor.errors import JobError
 from sartor.job.schema import Job
 from sartor.machine import Machine
+from sartor.machine.heap import has_glibc
 from sartor.machine.memory import resident_bytes
 from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
@@ -25,7 +26,7 @@ from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.operations import Operations
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
-from sartor.predict.verdict import TIGHT_SHARE, Verdict, has_glibc, judge
+from sartor.predict.verdict import TIGHT_SHARE, Verdict, judge
 from sartor.predict.whole import trace_job
 from sartor.step import Precision
 
@@ -233,7 +234,8 @@ def _of_rank(
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
-        tensors = forecast_heap(ledger, process_heap(), steps=steps).peak_resident_bytes if has_glibc() else peak.total_bytes
+        heap = process_heap(kept=True)
+        tensors = forecast_heap(ledger, heap, steps=steps).peak_resident_bytes if has_glibc() else peak.total_bytes
     verdict, reason = judge(baseline + tensors, available, around.tight_share, reserved)
     return MemoryForecast(
         **around.known,

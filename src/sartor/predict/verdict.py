@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Literal
 
 from sartor.job.units import format_bytes
@@ -13,11 +12,6 @@ Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
 TIGHT_SHARE = 0.9
 """Above this share of what is available a forecast is called tight. On a CPU, where part of the heap's gaps is chance, the
 forecast was at most 4.2 % low (benchmarks/memory_cpu.py), and 7 % on the models it was developed with."""
-
-
-def has_glibc() -> bool:
-    """Whether malloc is the one that `sartor.predict.heap` replays."""
-    return platform.libc_ver()[0] == "glibc"
 
 
 def judge(needed: int, available: int, share: float, reserved: Reserved | None) -> tuple[Verdict, str]:

@@ -19,6 +19,7 @@ from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
+from sartor.machine.heap import keep_freed_memory
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
@@ -60,6 +61,8 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     torch.set_num_threads(strategy.threads)
     if torch.device(strategy.device).type == "cuda":
         set_expandable_segments(strategy.expandable_segments)
+    elif keep_freed_memory():
+        say("malloc keeps freed memory for the next step")
     tokenizer = load_tokenizer(job.model)
     assert job.data.max_length is not None, "a plan's job is resolved"
     source = resolve(job.model)

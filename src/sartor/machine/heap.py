@@ -1,0 +1,47 @@
+"""glibc's malloc told to keep the memory it has, for training on a CPU.
+
+By default it gives large blocks back to the system when they are freed, and free memory at the heap's end as well. A training
+step asks for the same blocks again and pays for every page: cleared by the kernel, mapped on first touch. Kept memory costs no
+more than the peak, which the step reaches in any case.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+TRIM_THRESHOLD = 2**31 - 1
+"""Free bytes at the heap's end above which it shrinks: `mallopt` takes no larger number."""
+
+_MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD = 2**30, 2**25
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+
+
+def has_glibc() -> bool:
+    """Whether the C library's malloc is glibc's."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+def mmap_threshold() -> int:
+    """Bytes from which on a request gets pages of its own; all smaller ones come from the heap, also when it is full of holes.
+    Before 2.35, glibc takes no more than 32 MiB."""
+    numbers = platform.libc_ver()[1].split(".")
+    recent = [int(number) for number in numbers if number.isdigit()] >= [2, 35]
+    return _MMAP_THRESHOLD if recent else _OLD_MMAP_THRESHOLD
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` has something to say here: malloc is glibc's, and the environment says nothing about it."""
+    said = any(name in os.environ for name in _USERS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    replaced = any(name in os.environ.get("LD_PRELOAD", "") for name in ("jemalloc", "tcmalloc", "mimalloc"))
+    return has_glibc() and not said and not replaced
+
+
+def keep_freed_memory() -> bool:
+    """Raise malloc's thresholds in this process, from now on. False where they are left as they are."""
+    if not keeps_freed_memory():
+        return False
+    libc = ctypes.CDLL(None)
+    return all((libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold()), libc.mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)))
