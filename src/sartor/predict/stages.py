@@ -135,7 +135,7 @@ class _Tracing:
         def step_of(fake: Any) -> PipelineStep:
             made = PipelineStep(
                 fake,
-                make_step(fake, self.job, self.precision, device_kind="cpu"),
+                make_step(fake, self.job, self.precision, device_kind="cpu", kind=self.target.kind),
                 layout=self.layout,
                 micro_batches=len(self.batches),
                 group=mesh["pipeline"].get_group(),

@@ -68,7 +68,7 @@ def trace_job(
         with ring:
             ledger = trace_steps(
                 model,
-                lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once),
+                lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind),
                 batches,
                 later=later,
                 target=target,

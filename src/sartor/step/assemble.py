@@ -32,8 +32,11 @@ def make_trainable(
     return model
 
 
-def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: str, reduce_once: bool = False) -> TrainStep:
-    """The optimizer step of a trainable model. `reduce_once`: a sharded model's gradients, after the last micro-batch only."""
+def make_step(
+    model: nn.Module, job: Job, precision: Precision, *, device_kind: str, reduce_once: bool = False, kind: str = ""
+) -> TrainStep:
+    """The optimizer step of a trainable model. `reduce_once`: a sharded model's gradients, after the last micro-batch only.
+    `kind`: of the device that a traced model stands for."""
     parameters = trained_parameters(model)
     return TrainStep(
         model,
@@ -44,4 +47,5 @@ def make_step(model: nn.Module, job: Job, precision: Precision, *, device_kind: 
         clip_norm=job.training.clip_norm,
         loss=job.training.loss,
         reduce_once=reduce_once,
+        kind=kind,
     )

@@ -1,6 +1,9 @@
 """The loss of a micro-batch: cross entropy summed over its trained tokens, in float32.
 
-Shapes: R rows, T positions, K positions that are kept for the head, V vocabulary.
+On a CPU head and cross entropy are computed together, for the trained positions only (`sartor.kernels.loss`), where the model's
+head can be computed apart from it. Elsewhere the model makes logits of all columns in which some row has a target.
+
+Shapes: R rows, T positions, K positions that are kept for the head, N trained positions, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sartor.data.pack import IGNORE, Batch
 from sartor.kernels.attention import Segments, attends_by_segments, segments_are
+from sartor.kernels.loss import linear_cross_entropy
+from sartor.step.head import Head, Unreadable, find_head, hidden_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +31,45 @@ class TensorBatch:
     targets_RT: Tensor
     position_ids_RT: Tensor | None
     kept_K: Tensor
+    rows_N: np.ndarray
+    """With `columns_N`: where the targets are. On the host, so that their number is known whatever the device does."""
+    columns_N: np.ndarray
     segments: tuple[tuple[int, ...], ...] = ()
     """As in `Batch`: Python integers, so that no shape depends on a tensor's values."""
 
     @classmethod
     def of(cls, batch: Batch, device: str | torch.device) -> TensorBatch:
         positions = batch.position_ids_RT
+        rows_N, columns_N = np.nonzero(batch.targets_RT != IGNORE)
         return cls(
             input_ids_RT=torch.as_tensor(batch.input_ids_RT, device=device),
             targets_RT=torch.as_tensor(batch.targets_RT, device=device),
             position_ids_RT=None if positions is None else torch.as_tensor(positions, device=device),
             kept_K=torch.as_tensor(batch.kept_K, device=device),
             segments=batch.segments,
+            rows_N=rows_N,
+            columns_N=columns_N,
         )
 
 
 class SumLoss:
-    """Callable: (model, batch) → summed cross entropy, a float32 scalar.
+    """Callable: (model, batch) → `factor` times the summed cross entropy, a float32 scalar.
 
     No attention mask is passed: rows are padded on the right, where a causal model's real tokens cannot see. Packed rows
     are told apart by position ids that start again with every example, from which transformers builds the mask.
     """
 
-    def __init__(self, model: nn.Module, *, kind: str = "sartor") -> None:
+    def __init__(self, model: nn.Module, *, kind: str = "sartor", device_kind: str = "cpu") -> None:
         self._kind = kind
         self._by_segments = attends_by_segments(model)
+        self._head: Head | None = None
+        self.apart = ""
+        """Why, on a CPU, the head is not computed together with the loss; nothing where it is."""
+        if kind == "sartor" and device_kind == "cpu":
+            try:
+                self._head = find_head(model)
+            except Unreadable as reason:
+                self.apart = str(reason)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -60,21 +80,39 @@ class SumLoss:
         if config is not None and config.is_prompt_learning and "PREFIX" not in str(config.peft_type):
             self._offset = int(config.num_virtual_tokens)
 
-    def __call__(self, model: nn.Module, batch: TensorBatch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: TensorBatch, *, factor: float = 1.0) -> Tensor:
         if not (self._by_segments and batch.segments):
-            return self._sum(model, batch)
+            return self._sum(model, batch, factor)
         with segments_are(Segments(batch.segments, batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)):
-            return self._sum(model, batch)
+            return self._sum(model, batch, factor)
 
-    def _sum(self, model: nn.Module, batch: TensorBatch) -> Tensor:
-        kept_K = batch.kept_K + self._offset
+    def _sum(self, model: nn.Module, batch: TensorBatch, factor: float) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT}
         if batch.position_ids_RT is not None:
             inputs["position_ids"] = batch.position_ids_RT
         if self._takes_cache_flag:
             inputs["use_cache"] = False
+        if self._head is not None:
+            return self._together(self._head, model, inputs, batch, factor)
         if self._kind == "hf":
-            return _transformers_loss(model, inputs, batch)
+            loss = _transformers_loss(model, inputs, batch)
+        else:
+            loss = self._of_logits(model, inputs, batch)
+        return loss if factor == 1 else loss * factor
+
+    def _together(self, head: Head, model: nn.Module, inputs: dict[str, Any], batch: TensorBatch, factor: float) -> Tensor:
+        """Head and loss of the trained positions."""
+        hidden_RTH = hidden_states(model, head.module, inputs)
+        places_N = batch.rows_N * hidden_RTH.shape[1] + batch.columns_N + self._offset
+        hidden_NH = hidden_RTH.flatten(0, 1)[torch.as_tensor(places_N, device=hidden_RTH.device)]
+        targets_N = batch.targets_RT.flatten()[torch.as_tensor(batch.rows_N * batch.targets_RT.shape[1] + batch.columns_N)]
+        return linear_cross_entropy(
+            hidden_NH, head.module.weight, targets_N, bias_V=head.module.bias, finish=head.finish, factor=factor
+        )
+
+    def _of_logits(self, model: nn.Module, inputs: dict[str, Any], batch: TensorBatch) -> Tensor:
+        """The loss of the columns that are kept, from the model's own logits."""
+        kept_K = batch.kept_K + self._offset
         if self._keeps_logits:
             logits_RKV = model(**inputs, logits_to_keep=kept_K).logits
         else:

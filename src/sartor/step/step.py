@@ -36,10 +36,12 @@ class TrainStep:
         clip_norm: float,
         loss: str = "sartor",
         reduce_once: bool = False,
+        kind: str = "",
     ) -> None:
+        """`device_kind`: of the tensors; `kind`: of the device that they stand for, where a step is traced for another one."""
         self.model, self.parameters, self.optimizer = model, parameters, optimizer
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
-        self.loss = SumLoss(model, kind=loss)
+        self.loss = SumLoss(model, kind=loss, device_kind=kind or device_kind)
         self.reduce_once = reduce_once
         self.updating = False
         """Whether weights are being changed, or were when an update failed."""
@@ -56,9 +58,9 @@ class TrainStep:
             if self.reduce_once:
                 self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
             with self.precision.autocast(self.device_kind):
-                loss = self.loss(self.model, batch)
-            (loss / trained_tokens).backward()
-            losses.append(loss.detach())
+                loss = self.loss(self.model, batch, factor=1 / trained_tokens)
+            loss.backward()
+            losses.append(loss.detach() * trained_tokens)
         return losses
 
     def clip(self) -> Tensor:

@@ -75,8 +75,11 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     )
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
+    step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
+    if step.loss.apart:
+        say(f"head and loss are computed one after the other: {step.loss.apart}")
     return Workbench(
-        step=make_step(model, job, precision, device_kind=torch.device(strategy.device).type),
+        step=step,
         tokenizer=tokenizer,
         sets=sets,
         order=batch_order(job, sets),

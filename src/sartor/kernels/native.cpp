@@ -1,0 +1,180 @@
+// Loops over memory that PyTorch takes several passes for. Compiled on the machine that runs them (native.py), called from Python.
+// Beside every caller is the same in PyTorch's operators, for where there is no compiler.
+//
+// bf16 is the upper half of a float32. Where both halves of a master weight are kept, `weight` is the nearest bf16 and `residual`
+// what has to be added to its bits, as a signed number, to have the float32's.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace {
+
+constexpr int64_t BLOCK = 16384;  // elements summed at once, whatever the number of threads
+constexpr int64_t LEAST = 65536;  // elements below which threads cost more than they save
+
+using bf16 = uint16_t;
+
+inline float of_bits(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+inline uint32_t bits_of(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
+
+inline float load(const float *at) { return *at; }
+inline float load(const bf16 *at) { return of_bits(uint32_t(*at) << 16); }
+inline void store(float *at, float value) { *at = value; }
+inline void store(bf16 *at, float value) {  // to the nearest, ties to even, as PyTorch does it
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    *at = bf16(value != value ? 0x7FC0 : rounded);
+}
+
+#ifdef FP_FAST_FMAF
+inline float plus(float factor, float x, float more) { return fmaf(factor, x, more); }
+#else
+inline float plus(float factor, float x, float more) { return factor * x + more; }
+#endif
+
+// e^x for x <= 0, within 2 units in the last place (the polynomial of Cephes' expf). NaN stays NaN.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = plus(n, 2.12194440e-4f, plus(n, -0.693359375f, x));
+    float p = plus(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = plus(p, r, 8.3334519073e-3f);
+    p = plus(p, r, 4.1665795894e-2f);
+    p = plus(p, r, 1.6666665459e-1f);
+    p = plus(p, r, 5.0000001201e-1f);
+    p = plus(p * r, r, r) + 1.0f;
+    return p * of_bits(uint32_t(int32_t(n) + 127) << 23);
+}
+
+inline float hyperbolic_tangent(float x) {
+    float e = exponential(-2.0f * fabsf(x));
+    return copysignf((1.0f - e) / (1.0f + e), x);
+}
+
+// The cross entropy of one row of logits x, which are first multiplied by `scale` and then, where `cap` is above 0, become
+// cap * tanh(x / cap). In their place comes the gradient times `factor`, but where that is 0. `row` is scratch memory.
+template <class T>
+float cross_entropy_row(T *x, float *row, int64_t width, int64_t target, float scale, float cap, float factor) {
+    const float narrow = cap > 0.0f ? scale / cap : 0.0f;
+    if (cap > 0.0f) {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) row[v] = cap * hyperbolic_tangent(load(x + v) * narrow);
+    } else {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) row[v] = load(x + v) * scale;
+    }
+    float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < width; v++) top = row[v] > top ? row[v] : top;
+    const float wanted = row[target] - top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < width; v++) {
+        row[v] = exponential(row[v] - top);
+        sum += row[v];
+    }
+    const float loss = logf(sum) - wanted;
+    if (factor == 0.0f) return loss;
+    const float share = factor * scale / sum;
+    row[target] -= sum;
+    if (cap > 0.0f) {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) {
+            float bent = hyperbolic_tangent(load(x + v) * narrow);
+            row[v] *= 1.0f - bent * bent;
+        }
+    }
+#pragma omp simd
+    for (int64_t v = 0; v < width; v++) store(x + v, row[v] * share);
+    return loss;
+}
+
+// 0, or 1 where there is no memory, 2 where a target is none of the row's places.
+template <class T>
+int cross_entropy(T *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
+                  float factor, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        std::unique_ptr<float[]> row(new (std::nothrow) float[width]);
+        failed |= !row;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            if (targets[r] < 0 || targets[r] >= width) failed |= 2;
+            else if (row) losses[r] = cross_entropy_row(logits + r * width, row.get(), width, targets[r], scale, cap, factor);
+    }
+    return failed;
+}
+
+template <class T>
+void squares(const T *values, int64_t count, double *sums, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        const int64_t end = first + BLOCK < count ? first + BLOCK : count;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = first; i < end; i++) sum += load(values + i) * load(values + i);
+        sums[first / BLOCK] = sum;
+    }
+}
+
+struct Rates {  // adam.py says what they are
+    float scale, decay, first, second, step, correction, epsilon;
+};
+
+template <class T>
+void adamw(bf16 *weight, int16_t *residual, const T *gradient, float *first, float *second, int64_t count, const Rates *rates,
+           int threads) {
+    const Rates k = *rates;
+    const float kept = 1.0f - k.second;
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t i = 0; i < count; i++) {
+        float g = load(gradient + i) * k.scale;
+        float m = first[i] + k.first * (g - first[i]);
+        float v = second[i] * kept + k.second * g * g;
+        float master = of_bits((uint32_t(weight[i]) << 16) + uint32_t(int32_t(residual[i]))) * k.decay;
+        master -= k.step * m / (sqrtf(v) / k.correction + k.epsilon);
+        uint32_t bits = bits_of(master), upper = (bits + 0x8000u) >> 16;
+        weight[i] = bf16(upper);
+        residual[i] = int16_t(bits - (upper << 16));
+        first[i] = m;
+        second[i] = v;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int cross_entropy_bf16(bf16 *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
+                       float factor, int threads) {
+    return cross_entropy(logits, rows, width, targets, losses, scale, cap, factor, threads);
+}
+
+int cross_entropy_f32(float *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
+                      float factor, int threads) {
+    return cross_entropy(logits, rows, width, targets, losses, scale, cap, factor, threads);
+}
+
+// total += part, in float32.
+void add_bf16(float *total, const bf16 *part, int64_t count, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t i = 0; i < count; i++) total[i] += load(part + i);
+}
+
+void squares_bf16(const bf16 *values, int64_t count, double *sums, int threads) { squares(values, count, sums, threads); }
+
+void squares_f32(const float *values, int64_t count, double *sums, int threads) { squares(values, count, sums, threads); }
+
+void adamw_bf16(bf16 *weight, int16_t *residual, const bf16 *gradient, float *first, float *second, int64_t count,
+                const Rates *rates, int threads) {
+    adamw(weight, residual, gradient, first, second, count, rates, threads);
+}
+
+void adamw_f32(bf16 *weight, int16_t *residual, const float *gradient, float *first, float *second, int64_t count,
+               const Rates *rates, int threads) {
+    adamw(weight, residual, gradient, first, second, count, rates, threads);
+}
+}

@@ -1,0 +1,137 @@
+"""`native.cpp`, compiled on the machine that runs it: with this machine's instructions, once, in less than a second.
+
+Without a C++ compiler the callers take their way through PyTorch's operators; `missing` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+_COMMON = (
+    "-std=c++17",
+    "-O3",
+    "-fno-exceptions",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+)
+# Not every compiler knows the machine it runs on, or has OpenMP (Apple's has not); a plain loop is right as well, only slower.
+_CHOICES = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+_SECONDS = 60
+_OPERATORS = torch.library.Library("sartor", "FRAGMENT")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops, or None where they cannot be compiled."""
+    compiler = _compiler()
+    place = _folder()
+    if compiler is None or place is None:
+        return None
+    parts = (SOURCE.read_bytes(), compiler.encode(), _processor())
+    file = place / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    try:
+        if not file.exists() and not _compile(compiler, file):
+            return None
+        loaded = ctypes.CDLL(str(file))
+    except OSError:
+        return None
+    _declare(loaded)
+    return loaded
+
+
+def missing() -> str:
+    """Why the loops run on PyTorch's operators, or nothing."""
+    if library() is not None:
+        return ""
+    if _compiler() is None:
+        return "there is no C++ compiler (c++, g++, clang++, or $CXX)"
+    return f"{_compiler()} could not compile them"
+
+
+def _compiler() -> str | None:
+    return next(
+        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
+
+
+def _folder() -> Path | None:
+    """$SARTOR_CACHE, else sartor in $XDG_CACHE_HOME or ~/.cache; None where nothing can be written there."""
+    try:
+        own = os.environ.get("SARTOR_CACHE")
+        place = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sartor").expanduser() / "kernels"
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return place
+
+
+def _processor() -> bytes:
+    """What tells processors apart: a folder may be shared by several machines."""
+    lines: list[bytes] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    flags = next((line for line in lines if line.lower().startswith((b"flags", b"features"))), b"")
+    return platform.machine().encode() + platform.processor().encode() + flags
+
+
+def _compile(compiler: str, file: Path) -> bool:
+    """Compile to `file`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / "native.so"
+        for more in _CHOICES:
+            command = [compiler, *_COMMON, *more, "-o", str(made), str(SOURCE)]
+            with contextlib.suppress(subprocess.SubprocessError):
+                if subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False).returncode == 0:
+                    made.replace(file)
+                    return True
+    return False
+
+
+def operator(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """A PyTorch operator `sartor::…`, which fake tensors go through by `shapes` and real ones by `implementation`.
+
+    `torch.library.custom_op` does the same and loads PyTorch's compiler on the first call, which takes seconds.
+    """
+    name = schema.partition("(")[0]
+    _OPERATORS.define(schema)
+    _OPERATORS.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sartor::{name}", shapes, lib=_OPERATORS)
+    return getattr(torch.ops.sartor, name).default  # type: ignore[no-any-return]
+
+
+class Rates(ctypes.Structure):
+    """`struct rates` of native.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in ("scale", "decay", "first", "second", "step", "correction", "epsilon"))
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    at, many, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    for kind in ("bf16", "f32"):
+        _set(loaded, f"cross_entropy_{kind}", (at, many, many, at, at, real, real, real, flag), flag)
+        _set(loaded, f"squares_{kind}", (at, many, at, flag))
+        _set(loaded, f"adamw_{kind}", (at, at, at, at, at, many, ctypes.POINTER(Rates), flag))
+    _set(loaded, "add_bf16", (at, at, many, flag))
+
+
+def _set(loaded: ctypes.CDLL, name: str, arguments: tuple[type, ...], result: type | None = None) -> None:
+    function = getattr(loaded, name)
+    function.argtypes, function.restype = arguments, result
