@@ -21,9 +21,9 @@ CASES = [
     (kind, method, mode, recompute)
     for kind in ("llama", "gpt2", "gemma3_text", "qwen3_moe")
     for method in ("full", "lora", "prefix")
-    for mode in ("float32", "bf16")
+    for mode in ("float32", "bf16", "bf16-master")
     for recompute in (False, True)
-    if not (recompute and method == "prefix")
+    if not (recompute and (method == "prefix" or mode == "bf16-master"))
 ]
 
 

@@ -45,7 +45,7 @@ def loss_and_gradients(model: nn.Module, loss: SumLoss) -> tuple[float, dict[str
     model.zero_grad()
     value = loss(model, TensorBatch.of(batch(), "cpu"), factor=0.1)
     value.backward()
-    return float(value), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(value.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_as_by_logits(model: nn.Module) -> None:

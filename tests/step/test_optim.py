@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sartor.errors import JobError
 from sartor.job.schema import PrecisionJob, TrainingJob
 from sartor.step import Precision, learning_rate
 from sartor.step.optim import make_optimizer
@@ -42,9 +43,26 @@ def test_only_matrices_decay() -> None:
 def test_precision_modes() -> None:
     assert Precision.resolve(PrecisionJob(), "cpu").mode == "float32"
     assert Precision.resolve(PrecisionJob(), "cuda").mode == "bf16-mixed"
+    assert Precision.resolve(PrecisionJob(), "cpu", instruction_sets=("avx2", "avx512_bf16")).mode == "bf16-master"
+    assert Precision.resolve(PrecisionJob(), "cpu", instruction_sets=("amx_bf16",), optimizer="sgd").mode == "float32"
     assert Precision.of("bf16-mixed").load_dtype(adapter=True) == torch.bfloat16
+    assert Precision.of("bf16-master").load_dtype(adapter=True) == torch.bfloat16
+    assert Precision.of("bf16-master").load_dtype(adapter=False) == torch.float32
     assert Precision.of("bf16-mixed").load_dtype(adapter=False) == torch.float32
     assert Precision.of("bf16").load_dtype(adapter=False) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "optimizer", "what"),
+    [
+        (PrecisionJob(mode="bf16-master"), "cuda", "adamw", "kind cuda"),
+        (PrecisionJob(mode="bf16-master"), "cpu", "sgd", "the job's optimizer is sgd"),
+        (PrecisionJob(mode="bf16-master", trained="float32"), "cpu", "adamw", "decides all formats"),
+    ],
+)
+def test_masters_in_two_halves_are_for_adamw_on_a_cpu(job: PrecisionJob, kind: str, optimizer: str, what: str) -> None:
+    with pytest.raises(JobError, match=what):
+        Precision.resolve(job, kind, optimizer=optimizer)
 
 
 def test_formats_given_one_by_one() -> None:

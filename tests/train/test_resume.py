@@ -88,8 +88,25 @@ def test_killed_at_a_random_moment_and_resumed_is_the_uninterrupted_run(job_tree
     assert metrics.exists()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16-mixed", "bf16-master"])
+def test_every_precision_resumes_exactly(job_tree: dict[str, Any], tmp_path: Path, precision: str) -> None:
+    job_tree |= {"precision": precision, "strategy": {"micro_batch": 4}}
+    sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    with pytest.raises(Interrupted):
+        sartor.train(job_tree, observers=[StopAt(3, signal.SIGTERM)])
+    sartor.train(job_tree, resume="latest")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    states = [load_file(tmp_path / run / "checkpoint-6/state/optimizer.safetensors") for run in ("whole", "run")]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    residuals = [name for name in states[0] if name.endswith("|residual")]
+    assert bool(residuals) == (precision == "bf16-master")
+    assert all(states[0][name].count_nonzero() for name in residuals)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16-master"])
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
-def test_adapters_resume_exactly_with_dropout(job_tree: dict[str, Any], tmp_path: Path, method: str) -> None:
+def test_adapters_resume_exactly_with_dropout(job_tree: dict[str, Any], tmp_path: Path, method: str, precision: str) -> None:
+    job_tree["precision"] = precision
     job_tree |= {"method": method, "lora": {"dropout": 0.1}, "prefix": {"length": 4, "projection": True}, "prompt": {"length": 4}}
     job_tree["training"]["save_every"] = 3
     sartor.train({**job_tree, "output": str(tmp_path / "whole")})

@@ -170,10 +170,12 @@ class PrecisionJob:
     """`precision: MODE` is short for `precision: {mode: MODE}`; the other keys say otherwise than the mode does."""
 
     SHORTHAND: ClassVar[str] = "mode"
-    mode: Literal["auto", "float32", "bf16-mixed", "bf16"] = option(
+    mode: Literal["auto", "float32", "bf16-mixed", "bf16", "bf16-master"] = option(
         "auto",
         "float32; bf16-mixed (what trains in float32, the rest and the arithmetic in bfloat16); bf16 (all in bfloat16); "
-        "auto: bf16-mixed on accelerators, float32 on CPU",
+        "bf16-master (CPU, adamw: all in bfloat16, and beside what trains the bits that are missing to float32); "
+        "auto: bf16-mixed on accelerators; on a CPU bf16-master where it multiplies bfloat16 fast (avx512_bf16, amx_bf16), "
+        "else float32",
     )
     weights: Dtype | None = option(None, "format of frozen weights (and, with method full, of all that is loaded)")
     trained: Dtype | None = option(None, "format of what trains, and so of its gradients and moments")

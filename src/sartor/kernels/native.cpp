@@ -121,19 +121,18 @@ void squares(const T *values, int64_t count, double *sums, int threads) {
 }
 
 struct Rates {  // adam.py says what they are
-    float scale, decay, first, second, step, correction, epsilon;
+    float scale, decay, first, second, kept, step, correction, epsilon;
 };
 
 template <class T>
 void adamw(bf16 *weight, int16_t *residual, const T *gradient, float *first, float *second, int64_t count, const Rates *rates,
            int threads) {
     const Rates k = *rates;
-    const float kept = 1.0f - k.second;
 #pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
     for (int64_t i = 0; i < count; i++) {
         float g = load(gradient + i) * k.scale;
-        float m = first[i] + k.first * (g - first[i]);
-        float v = second[i] * kept + k.second * g * g;
+        float m = plus(k.first, g - first[i], first[i]);
+        float v = plus(k.second * g, g, second[i] * k.kept);
         float master = of_bits((uint32_t(weight[i]) << 16) + uint32_t(int32_t(residual[i]))) * k.decay;
         master -= k.step * m / (sqrtf(v) / k.correction + k.epsilon);
         uint32_t bits = bits_of(master), upper = (bits + 0x8000u) >> 16;
@@ -147,6 +146,8 @@ void adamw(bf16 *weight, int16_t *residual, const T *gradient, float *first, flo
 }  // namespace
 
 extern "C" {
+
+int64_t block() { return BLOCK; }
 
 int cross_entropy_bf16(bf16 *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
                        float factor, int threads) {

@@ -120,7 +120,8 @@ def operator(schema: str, implementation: Callable[..., Any], shapes: Callable[.
 class Rates(ctypes.Structure):
     """`struct rates` of native.cpp."""
 
-    _fields_ = tuple((name, ctypes.c_float) for name in ("scale", "decay", "first", "second", "step", "correction", "epsilon"))
+    NAMES = ("scale", "decay", "first", "second", "kept", "step", "correction", "epsilon")
+    _fields_ = tuple((name, ctypes.c_float) for name in NAMES)
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
@@ -130,6 +131,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         _set(loaded, f"squares_{kind}", (at, many, at, flag))
         _set(loaded, f"adamw_{kind}", (at, at, at, at, at, many, ctypes.POINTER(Rates), flag))
     _set(loaded, "add_bf16", (at, at, many, flag))
+    _set(loaded, "block", (), many)
 
 
 def _set(loaded: ctypes.CDLL, name: str, arguments: tuple[type, ...], result: type | None = None) -> None:

@@ -69,7 +69,7 @@ def _changes(setting: Setting, strategy: Strategy) -> Iterator[Change]:
         yield "strategy.micro_batch=1", setting, dataclasses.replace(strategy, micro_batch=1)
     if not strategy.recompute and job.strategy.recompute == "none" and setting.method.recompute:
         yield "strategy.recompute=full", setting, dataclasses.replace(strategy, recompute=True)
-    for mode in {"float32": ("bf16-mixed", "bf16"), "bf16": ()}.get(precision.mode, ("bf16",)):
+    for mode in {"float32": ("bf16-mixed", "bf16"), "bf16-master": ("bf16",), "bf16": ()}.get(precision.mode, ("bf16",)):
         lower = Precision.of(mode)
         changed = dataclasses.replace(setting, precision=lower)
         yield f"precision={mode}", changed, dataclasses.replace(strategy, precision=lower)

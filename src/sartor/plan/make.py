@@ -21,7 +21,7 @@ from sartor.plan.search import search
 from sartor.plan.setting import Setting, batch_order
 from sartor.predict import count_trained
 from sartor.predict.allocator_setting import expandable_segments
-from sartor.step import Precision, cannot_pack
+from sartor.step import FAST_BF16, Precision, cannot_pack
 
 LONGEST_DEFAULT = 2048
 """Tokens of `data.max_length` where the job leaves it open and the model allows more."""
@@ -36,7 +36,12 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     source = resolve(job.model)
     check_trainable(source)
     method = traits(job)
-    precision = Precision.resolve(job.precision, machine.device.kind)
+    precision = Precision.resolve(
+        job.precision,
+        machine.device.kind,
+        instruction_sets=machine.instruction_sets,
+        optimizer=job.training.optimizer,
+    )
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
     anatomy = dissect(model)
     attention, attention_note = choose_attention(job, method, source, machine)
@@ -78,7 +83,14 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         rejected=choice.rejected,
         notes=tuple(
             words
-            for words in (attention_note, note, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
+            for words in (
+                attention_note,
+                note,
+                _why_masters(job, precision, machine),
+                choice.note,
+                forecast.drift_note,
+                more_room(setting, strategy, forecast),
+            )
             if words
         ),
     )
@@ -126,6 +138,17 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -
     if dense and not reason and wanted == "auto":
         reason = "on a CPU, attention with a dense mask costs more than padding does (data.packing=true packs nevertheless)"
     return not reason, f"not packed: {reason}" if reason else ""
+
+
+def _why_masters(job: Job, precision: Precision, machine: Machine) -> str:
+    """Why the arithmetic is in bfloat16 on a CPU, where the job left it open."""
+    if job.precision.mode != "auto" or not precision.masters:
+        return ""
+    has = next(name for name in FAST_BF16 if name in machine.instruction_sets)
+    return (
+        f"bf16-master: this CPU multiplies bfloat16 fast ({has}); what trains keeps all bits of float32, in two halves "
+        "(precision=float32 for float32 arithmetic)"
+    )
 
 
 def load_dtype(plan: Plan) -> torch.dtype:

@@ -154,7 +154,7 @@ def repeat_traced_step(
     for name, serial in gradients.items():
         parameter = step.parameters[name]
         with tracker.unseen():
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)
         tracker.adopt(parameter.grad, copies.pop(serial))
     _clip_and_update(tracker, step, number=1)
     tracker.release(copies.values())

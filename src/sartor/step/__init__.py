@@ -4,10 +4,11 @@ from sartor.step.assemble import make_step, make_trainable
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.optim import learning_rate
 from sartor.step.packing import cannot_pack, mixes_examples
-from sartor.step.precision import Precision
+from sartor.step.precision import FAST_BF16, Precision
 from sartor.step.step import Gradients, TrainStep
 
 __all__ = [
+    "FAST_BF16",
     "Gradients",
     "Precision",
     "SumLoss",

@@ -41,7 +41,7 @@ def make_step(
     return TrainStep(
         model,
         parameters,
-        make_optimizer(parameters, job.training),
+        make_optimizer(parameters, job.training, masters=precision.masters),
         precision=precision,
         device_kind=device_kind,
         clip_norm=job.training.clip_norm,

@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sartor.job.schema import TrainingJob
+from sartor.kernels.adam import RESIDUAL, MasterAdamW
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob) -> torch.optim.Optimizer:
-    """The job's optimizer; AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) by default. Weight decay acts on matrices only."""
+def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob, *, masters: bool = False) -> torch.optim.Optimizer:
+    """The job's optimizer; AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) by default. Weight decay acts on matrices only.
+
+    `masters`: the parameters are bfloat16 halves of float32 (`sartor.kernels.adam`).
+    """
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": job.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if masters:
+        start: dict[Tensor, Tensor] = {p: vars(p).pop(RESIDUAL) for p in parameters.values() if RESIDUAL in vars(p)}
+        betas = (job.betas[0], job.betas[1])
+        return MasterAdamW(groups, lr=0.0, betas=betas, eps=job.epsilon, weight_decay=0.0, start=start)
     if job.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
     kernel = {"fused": True} if job.optimizer == "adamw" else {"foreach": True}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from sartor.errors import JobError
 from sartor.job.schema import PrecisionJob
+from sartor.kernels.adam import RESIDUAL, split
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # mode: (frozen weights, what trains, autocast)
@@ -16,7 +19,10 @@ _MODES = {
     "float32": ("float32", "float32", "as-stored"),
     "bf16-mixed": ("bfloat16", "float32", "bfloat16"),
     "bf16": ("bfloat16", "bfloat16", "as-stored"),
+    "bf16-master": ("bfloat16", "bfloat16", "as-stored"),
 }
+FAST_BF16 = ("avx512_bf16", "amx_bf16")
+"""Instruction sets with which a CPU multiplies bfloat16 several times as fast as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +36,22 @@ class Precision:
 
     @classmethod
     def of(cls, mode: str) -> Precision:
-        """One of the named modes: float32, bf16-mixed, bf16."""
+        """One of the named modes: float32, bf16-mixed, bf16, bf16-master."""
         weights, trained, compute = _MODES[mode]
         return cls(mode=mode, weights=weights, trained=trained, compute=compute)
 
     @classmethod
-    def resolve(cls, job: PrecisionJob, device_kind: str) -> Precision:
-        """What the job says, on a device of this kind."""
-        automatic = "float32" if device_kind == "cpu" else "bf16-mixed"
+    def resolve(
+        cls, job: PrecisionJob, device_kind: str, *, instruction_sets: Collection[str] = (), optimizer: str = "adamw"
+    ) -> Precision:
+        """What the job says, on a device of this kind; on a CPU, with these instructions. Raises JobError."""
+        single = job.weights is None and job.trained is None and job.compute is None
+        if job.mode == "bf16-master":
+            _check_master(device_kind, optimizer, single=single)
+        fast = single and optimizer == "adamw" and any(name in FAST_BF16 for name in instruction_sets)
+        automatic = ("bf16-master" if fast else "float32") if device_kind == "cpu" else "bf16-mixed"
         base = cls.of(automatic if job.mode == "auto" else job.mode)
-        if job.weights is None and job.trained is None and job.compute is None:
+        if single:
             return base
         return cls(
             mode="mixed",
@@ -47,6 +59,11 @@ class Precision:
             trained=job.trained or base.trained,
             compute=job.compute or base.compute,
         )
+
+    @property
+    def masters(self) -> bool:
+        """Whether what trains is kept as float32 in two halves: a bfloat16 weight and a residual (`sartor.kernels.adam`)."""
+        return self.mode == "bf16-master"
 
     @property
     def needs_loss_scaling(self) -> bool:
@@ -63,7 +80,9 @@ class Precision:
         return f"weights {self.weights}, trained {self.trained}, computed {self.compute}"
 
     def load_dtype(self, *, adapter: bool) -> torch.dtype:
-        """Format in which the base model is loaded: frozen beside adapters, trained without."""
+        """Format in which the base model is loaded: frozen beside adapters, trained without (masters: with all their bits)."""
+        if self.masters and not adapter:
+            return torch.float32
         return _DTYPES[self.weights if adapter else self.trained]
 
     def autocast(self, device_kind: str) -> contextlib.AbstractContextManager[object]:
@@ -73,6 +92,23 @@ class Precision:
         return torch.autocast(device_kind, dtype=_DTYPES[self.compute])
 
     def cast_trained(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Give the trained parameters their format."""
+        """Give the trained parameters their format. The residual of a master waits at its parameter for the optimizer."""
         for parameter in parameters.values():
-            parameter.data = parameter.data.to(_DTYPES[self.trained])
+            if self.masters:
+                parameter.data, residual = split(parameter.data.float())
+                setattr(parameter, RESIDUAL, residual)
+            else:
+                parameter.data = parameter.data.to(_DTYPES[self.trained])
+
+
+def _check_master(device_kind: str, optimizer: str, *, single: bool) -> None:
+    """Raises JobError where masters in two halves are not for this job."""
+    if device_kind != "cpu":
+        why, remedy = f"its optimizer is written for CPUs, this device is of kind {device_kind}", "precision=bf16-mixed"
+    elif optimizer != "adamw":
+        why, remedy = f"the residuals belong to AdamW's state, the job's optimizer is {optimizer}", "training.optimizer=adamw"
+    elif not single:
+        why, remedy = "the mode decides all formats", "the mode alone, without `weights`, `trained` and `compute`"
+    else:
+        return
+    raise JobError("`precision` is bf16-master, which this job cannot have", why=why, remedy=remedy)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.adam import MasterAdamW, gradient_norm
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.precision import Precision
 
@@ -53,6 +54,9 @@ class TrainStep:
 
     def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int) -> list[Tensor]:
         """Forward and backward passes; the summed loss of every micro-batch."""
+        if self.precision.masters:  # several micro-batches are summed in float32; the gradients of a single one need no more bits
+            for parameter in self.parameters.values():
+                parameter.grad_dtype = torch.float32 if len(batches) > 1 else parameter.dtype
         losses = []
         for number, batch in enumerate(batches):
             if self.reduce_once:
@@ -64,8 +68,13 @@ class TrainStep:
         return losses
 
     def clip(self) -> Tensor:
-        """Clip the gradient; its norm before."""
+        """Clip the gradient; its norm before. Where masters are kept, the optimizer multiplies while it reads the gradient."""
         parameters = list(self.parameters.values())
+        if isinstance(self.optimizer, MasterAdamW):
+            norm: Tensor = gradient_norm([p.grad for p in parameters if p.grad is not None])
+            if self.clip_norm > 0:  # as torch.nn.utils.clip_grad_norm_ does it
+                self.optimizer.scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            return norm
         if self.clip_norm > 0:
             return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,186 @@
+"""AdamW in one pass, on float32 master weights in two halves: the bfloat16 weight that the model computes with, and a residual.
+
+The weight is the master rounded to the nearest bfloat16; the residual, a signed 16-bit number, is what its bits lack to be those
+of the float32. Together they are the float32, in its 4 bytes, to the last bit. Gradients are clipped while they are read.
+
+The merged master is, bit by bit, what PyTorch's AdamW in float32 makes of the same gradients: `fused` where the loops are
+compiled and the processor has fused multiply-add (but for the few elements at the end that fill no vector register, which PyTorch
+rounds otherwise), the plain one (`foreach=False`) where PyTorch's operators are used. Clipping
+multiplies in float32 and stores nothing. (Weights are split with ties away from zero, `.to(torch.bfloat16)` goes to even ones.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.kernels.native import Rates, library, operator
+
+PIECE = 2**18
+"""Elements that PyTorch's operators take at once where there is no compiler, so that their temporaries stay in cache."""
+
+RESIDUAL = "residual"
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as (bfloat16, int16 residual)."""
+    bits = master.contiguous().view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    residual = (bits - (upper << 16)).to(torch.int16)
+    return upper.to(torch.int16).view(torch.bfloat16), residual
+
+
+def merge(weight: Tensor, residual: Tensor) -> Tensor:
+    """The float32 tensor that was split."""
+    bits = (weight.contiguous().view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) for bfloat16 parameters with exact float32 masters.
+
+    A parameter's residual is state like its moments. `start`: residuals of parameters that were split from float32; others
+    start as the float32 that their bfloat16 is. Gradients may be bfloat16 or float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        start: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.scale: Tensor | None = None
+        """What the next step multiplies gradients by."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype != torch.bfloat16:
+                    raise ValueError(f"MasterAdamW is for bfloat16 parameters, this one is {parameter.dtype}")
+                residual = (start or {}).get(parameter)
+                self.state[parameter][RESIDUAL] = torch.zeros_like(parameter, dtype=torch.int16) if residual is None else residual
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        self.scale = None
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+        state["step"] += 1
+        tensors = (parameter, state[RESIDUAL], parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        adamw_(*tensors, state["step"], self.scale, float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """PyTorch's own would give all state the parameters' format."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key, value in saved.get(number, {}).items():
+                self.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+
+
+def _rates(step: float, scale: float, lr: float, beta1: float, beta2: float, eps: float, decay: float) -> dict[str, float]:
+    """What an update needs of its hyperparameters, by the names of `native.cpp`."""
+    return {
+        "scale": scale,
+        "decay": 1 - lr * decay,
+        "first": 1 - beta1,
+        "second": 1 - beta2,
+        "kept": beta2,
+        "step": lr / (1 - beta1**step),
+        "correction": math.sqrt(1 - beta2**step),
+        "epsilon": eps,
+    }
+
+
+def _adamw(
+    weight: Tensor,
+    residual: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+    scale: Tensor | None,
+    *hyperparameters: float,
+) -> None:
+    rates = _rates(float(step), 1.0 if scale is None else float(scale), *hyperparameters)
+    gradient = gradient.contiguous()
+    tensors = (weight, residual, gradient, first, second)
+    native = library() if weight.is_cpu and all(tensor.is_contiguous() for tensor in tensors) else None
+    if native is not None:
+        kernel = native.adamw_bf16 if gradient.dtype == torch.bfloat16 else native.adamw_f32
+        places = [tensor.data_ptr() for tensor in tensors]
+        kernel(*places, weight.numel(), ctypes.byref(Rates(**rates)), torch.get_num_threads())
+    elif all(tensor.is_contiguous() for tensor in tensors):
+        for piece in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
+            _adamw_by_operators(piece, rates)
+    else:
+        _adamw_by_operators(tensors, rates)
+
+
+def _adamw_by_operators(tensors: Sequence[Tensor], rates: dict[str, float]) -> None:
+    """The same by PyTorch's operators."""
+    weight, residual, gradient, first, second = tensors
+    gradient = gradient.float() * rates["scale"]
+    first.lerp_(gradient, rates["first"])
+    second.mul_(rates["kept"]).addcmul_(gradient, gradient, value=rates["second"])
+    below = second.sqrt().div_(rates["correction"]).add_(rates["epsilon"])
+    master = merge(weight, residual).mul_(rates["decay"]).addcdiv_(first, below, value=-rates["step"])
+    upper, lower = split(master)
+    weight.copy_(upper)
+    residual.copy_(lower)
+
+
+adamw_ = operator(
+    "adamw_(Tensor(a!) weight, Tensor(b!) residual, Tensor gradient, Tensor(c!) first, Tensor(d!) second, Tensor step, "
+    "Tensor? scale, float lr, float beta1, float beta2, float eps, float decay) -> ()",
+    _adamw,
+    lambda *_: None,
+)
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    total = sum(_square_sum(gradient) for gradient in gradients)
+    return torch.tensor(math.sqrt(total), dtype=torch.float32, device=gradients[0].device if gradients else None)
+
+
+def _square_sum(gradient: Tensor) -> float:
+    """The sum of squares, in float32 by blocks and in float64 over them."""
+    native = library() if gradient.is_cpu and gradient.dtype in (torch.bfloat16, torch.float32) else None
+    if native is None:
+        return sum(float(piece.float().square().sum()) for piece in gradient.reshape(-1).split(PIECE))
+    gradient = gradient.contiguous()
+    blocks = torch.empty(-(-gradient.numel() // native.block()), dtype=torch.float64)
+    kernel = native.squares_bf16 if gradient.dtype == torch.bfloat16 else native.squares_f32
+    kernel(gradient.data_ptr(), gradient.numel(), blocks.data_ptr(), torch.get_num_threads())
+    return float(blocks.sum())
+
+
+gradient_norm = operator(
+    "gradient_norm(Tensor[] gradients) -> Tensor",
+    _norm,
+    lambda gradients: gradients[0].new_empty((), dtype=torch.float32) if gradients else torch.empty(()),
+)
