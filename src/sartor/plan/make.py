@@ -36,12 +36,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     source = resolve(job.model)
     check_trainable(source)
     method = traits(job)
-    precision = Precision.resolve(
-        job.precision,
-        machine.device.kind,
-        instruction_sets=machine.instruction_sets,
-        optimizer=job.training.optimizer,
-    )
+    instructions, optimizer = machine.instruction_sets, job.training.optimizer
+    precision = Precision.resolve(job.precision, machine.device.kind, instruction_sets=instructions, optimizer=optimizer)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
     anatomy = dissect(model)
     attention, attention_note = choose_attention(job, method, source, machine)
@@ -69,6 +65,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast)
     trained = count_trained(job, source, precision)
+    formats = _why_masters(job, precision, machine)
+    notes = (attention_note, note, formats, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
         job=job,
         machine=machine,
@@ -81,18 +79,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         total_steps=order.total_steps,
         time=choice.time,
         rejected=choice.rejected,
-        notes=tuple(
-            words
-            for words in (
-                attention_note,
-                note,
-                _why_masters(job, precision, machine),
-                choice.note,
-                forecast.drift_note,
-                more_room(setting, strategy, forecast),
-            )
-            if words
-        ),
+        notes=tuple(filter(None, notes)),
     )
 
 

@@ -19,6 +19,7 @@ from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
+from sartor.kernels.native import missing
 from sartor.machine.heap import keep_freed_memory
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
@@ -76,8 +77,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
-    if step.loss.apart:
-        say(f"head and loss are computed one after the other: {step.loss.apart}")
+    _say_what_is_slow(step, strategy.device, say)
     return Workbench(
         step=step,
         tokenizer=tokenizer,
@@ -86,6 +86,16 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
         pad_id=pad_id(tokenizer),
         packing=packing,
     )
+
+
+def _say_what_is_slow(step: TrainStep, device: str, say: Callable[[str], None]) -> None:
+    """Where a CPU cannot have Sartor's own kernels."""
+    if device != "cpu":
+        return
+    if step.loss.apart:
+        say(f"head and loss are computed one after the other: {step.loss.apart}")
+    if why := missing():
+        say(f"loss and optimizer run on PyTorch's operators, slower than compiled: {why}")
 
 
 def _packs(plan: Plan, model: nn.Module, vocab_size: int, say: Callable[[str], None]) -> bool:
@@ -135,6 +145,8 @@ def identity(plan: Plan, sets: DataSets) -> str:
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
     digest.update(sets.train.lengths.tobytes())
     digest.update(sets.train.trained_counts.tobytes())
+    if plan.strategy.precision.masters:  # which another processor would not choose by itself
+        digest.update(plan.strategy.precision.mode.encode())
     return digest.hexdigest()
 
 
@@ -143,8 +155,8 @@ def check_identity(plan: Plan, sets: DataSets, stored: str) -> None:
     if identity(plan, sets) != stored:
         raise RunError(
             "this is not the run that was stopped",
-            why="the job or its data has changed since, so it could not go on exactly",
-            remedy="resume with the job.yaml in the run's folder, or start a new run with another `output`",
+            why="the job, its data, or the precision chosen for this processor has changed since, so it could not go on exactly",
+            remedy="resume with the run's job.yaml and the precision of its plan.yaml, or start a new run with another `output`",
         )
 
 
