@@ -6,11 +6,12 @@ import contextlib
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -157,12 +158,20 @@ def rows() -> list[TensorBatch]:
     lengths = [9, 20, 8]
     places = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.randint(3, 300, (1, 37))
-    packed = TensorBatch(input_ids_RT=ids, targets_RT=ids.roll(-1, 1), position_ids_RT=places, kept_K=torch.arange(36))
-    ids = torch.randint(3, 300, (2, 12))
+    packed = tensor_batch(ids, [37], places)
+    return [packed, tensor_batch(torch.randint(3, 300, (2, 12)), [12, 6], None)]
+
+
+def tensor_batch(ids: Tensor, ends: list[int], places: Tensor | None) -> TensorBatch:
+    """Every position but the last of its row trains."""
     targets = ids.roll(-1, 1)
-    targets[1, 5:] = IGNORE
-    padded = TensorBatch(input_ids_RT=ids, targets_RT=targets, position_ids_RT=None, kept_K=torch.arange(11))
-    return [packed, padded]
+    for row, end in enumerate(ends):
+        targets[row, end - 1 :] = IGNORE
+    rows_N, columns_N = np.nonzero(targets.numpy() != IGNORE)
+    kept_K = torch.arange(ids.shape[1] - 1)
+    return TensorBatch(
+        input_ids_RT=ids, targets_RT=targets, position_ids_RT=places, kept_K=kept_K, rows_N=rows_N, columns_N=columns_N
+    )
 
 
 def figures(kind: str, layout: Layout, mesh: DeviceMesh | None) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -119,13 +119,13 @@ def _accumulate_alike(tracker: StorageTracker, step: TrainStep, on_device: Seque
         for name, parameter in step.parameters.items()
     ]
     before, start = tracker.alive(), len(tracker.ledger.events)
-    losses = step.accumulate(on_device[:1], trained_tokens)
+    losses = step.accumulate(on_device[:1], trained_tokens, several=True)
     for hook in hooks:
         hook.remove()
     gradients = {tracker.see(p.grad): added.get(name, 0) for name, p in step.parameters.items() if p.grad is not None}
     expected = before | set(gradients) | {tracker.see(loss) for loss in losses}
     if tracker.alive() != expected or not all(gradients.values()):
-        step.accumulate(on_device[1:], trained_tokens)
+        step.accumulate(on_device[1:], trained_tokens, several=True)
         return
     end = len(tracker.ledger.events)
     left: list[int] = []
@@ -154,7 +154,8 @@ def repeat_traced_step(
     for name, serial in gradients.items():
         parameter = step.parameters[name]
         with tracker.unseen():
-            parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)
+            dtype = parameter.grad_dtype
+            parameter.grad = torch.empty_like(parameter, dtype=None if dtype == parameter.dtype else dtype)
         tracker.adopt(parameter.grad, copies.pop(serial))
     _clip_and_update(tracker, step, number=1)
     tracker.release(copies.values())

@@ -52,19 +52,19 @@ class TrainStep:
         losses = self.accumulate(batches, trained_tokens)
         return Gradients(losses=losses, norm=self.clip())
 
-    def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int) -> list[Tensor]:
-        """Forward and backward passes; the summed loss of every micro-batch."""
+    def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int, *, several: bool = False) -> list[Tensor]:
+        """Forward and backward passes; the summed loss of every micro-batch. `several`: others of the step follow."""
         if self.precision.masters:  # several micro-batches are summed in float32; the gradients of a single one need no more bits
             for parameter in self.parameters.values():
-                parameter.grad_dtype = torch.float32 if len(batches) > 1 else parameter.dtype
+                parameter.grad_dtype = torch.float32 if several or len(batches) > 1 else parameter.dtype
         losses = []
         for number, batch in enumerate(batches):
             if self.reduce_once:
                 self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
             with self.precision.autocast(self.device_kind):
                 loss = self.loss(self.model, batch, factor=1 / trained_tokens)
-            loss.backward()
             losses.append(loss.detach() * trained_tokens)
+            loss.backward()
         return losses
 
     def clip(self) -> Tensor:
