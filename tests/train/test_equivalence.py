@@ -15,6 +15,7 @@ from sartor.data.pack import fill_rows, step_batches
 from sartor.data.tokens import Sample, TokenSet
 from sartor.job import from_mapping
 from sartor.job.schema import ModelJob
+from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.model import build, resolve
 from sartor.step import Precision, TensorBatch, make_step, make_trainable
 
@@ -71,6 +72,17 @@ def test_packed_equals_unpacked(model: torch.nn.Module) -> None:
     alone = one_step(model, samples, capacity=128, packing=False, micro_batch=1)
     assert_same(alone, one_step(model, samples, capacity=128, packing=True, micro_batch=2))
     assert_same(alone, one_step(model, samples, capacity=128, packing=False, micro_batch=12))
+
+
+def test_joined_rows_have_no_padding_and_equal_single_examples(tiny: Path) -> None:
+    model = build(resolve(ModelJob(path=str(tiny))), dtype=torch.float32, device="cpu", attention=SEGMENTS)
+    samples = ragged(12)
+    cut: dict[str, Any] = {"capacity": 128, "packing": True, "micro_batch": 3, "joined": True}
+    batches = step_batches(samples, np.arange(12), pad_id=0, **cut)
+    assert [batch.input_ids_RT.size for batch in batches] == [batch.tokens for batch in batches]
+    assert len(batches) == len(step_batches(samples, np.arange(12), pad_id=0, **{**cut, "joined": False}))
+    alone = one_step(model, samples, capacity=128, packing=False, micro_batch=1)
+    assert_same(alone, one_step(model, samples, **cut))
 
 
 def test_packed_rows_do_hold_several_examples() -> None:

@@ -57,9 +57,10 @@ def fill_rows(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, *, capac
     return [row for _, row in sorted(zip(room, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def micro_batches(rows: list[list[int]], micro_batch: int) -> list[list[list[int]]]:
-    """Groups of at most `micro_batch` rows."""
-    return [rows[first : first + micro_batch] for first in range(0, len(rows), micro_batch)]
+def micro_batches(rows: list[list[int]], micro_batch: int, *, joined: bool = False) -> list[list[list[int]]]:
+    """Groups of at most `micro_batch` rows; joined, the rows of a group become one, which has no padding."""
+    groups = [rows[first : first + micro_batch] for first in range(0, len(rows), micro_batch)]
+    return [[[index for row in group for index in row]] for group in groups] if joined else groups
 
 
 def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: bool) -> Batch:
@@ -95,8 +96,16 @@ def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: b
 
 
 def step_batches(
-    samples: TokenSet, indices: np.ndarray, *, capacity: int, packing: bool, micro_batch: int, pad_id: int
+    samples: TokenSet,
+    indices: np.ndarray,
+    *,
+    capacity: int,
+    packing: bool,
+    micro_batch: int,
+    pad_id: int,
+    joined: bool = False,
 ) -> list[Batch]:
     """All micro-batches of one optimizer step."""
     rows = fill_rows(indices, samples.lengths, capacity=capacity, packing=packing)
-    return [collate(samples, group, pad_id=pad_id, packing=packing) for group in micro_batches(rows, micro_batch)]
+    groups = micro_batches(rows, micro_batch, joined=joined)
+    return [collate(samples, group, pad_id=pad_id, packing=packing) for group in groups]

@@ -88,7 +88,7 @@ _Group = list[list[int]]
 def _groups(samples: TokenSet, order: BatchOrder, strategy: Strategy, step: int) -> list[_Group]:
     """The first micro-batch of a step, and the others in the order of their rows."""
     rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
-    return micro_batches(rows, strategy.micro_batch)
+    return micro_batches(rows, strategy.micro_batch, joined=strategy.joined)
 
 
 def _standing(samples: TokenSet, steps: Sequence[list[_Group]], strategy: Strategy) -> list[_Group]:

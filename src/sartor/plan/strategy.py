@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.parallel import Layout
 from sartor.step import Precision
 
@@ -29,9 +30,16 @@ class Strategy:
     expandable_segments: bool = False
     """Whether the segments of PyTorch's CUDA allocator grow in place; there are none on other devices."""
 
+    @property
+    def joined(self) -> bool:
+        """Whether the packed rows of a micro-batch are laid end to end, so that nothing is padding: attention by segments looks
+        at every example by itself, however long the row is."""
+        return self.packing and self.attention == SEGMENTS
+
     def describe(self) -> str:
         """The strategy in a sentence."""
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
+        rows += ", joined" if self.joined and self.micro_batch > 1 else ""
         activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""

@@ -45,7 +45,7 @@ class Timing:
 
     def workload(self, strategy: Strategy) -> Workload:
         """What the run's average step holds under a strategy."""
-        return self._sampled(strategy.micro_batch, strategy.packing, strategy.row_capacity, strategy.layout.data)
+        return self._sampled(strategy.micro_batch, strategy.packing, strategy.joined, strategy.row_capacity, strategy.layout.data)
 
     def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: float) -> TimeForecast:
         """`stages`: what a rank of each traced pipeline stage computes for micro-batches of so many positions."""
@@ -93,12 +93,13 @@ class Timing:
         )
         return ledger.operations, int(batch.input_ids_RT.size)
 
-    def _sample(self, micro_batch: int, packing: bool, row_capacity: int, ranks: int) -> Workload:
+    def _sample(self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int) -> Workload:
         return sample_workload(
             self.setting.sets.train,
             self.setting.order,
             capacity=row_capacity,
             packing=packing,
             micro_batch=micro_batch,
+            joined=joined,
             data_ranks=ranks,
         )

@@ -32,7 +32,14 @@ class Workload:
 
 
 def sample_workload(
-    samples: TokenSet, order: BatchOrder, *, capacity: int, packing: bool, micro_batch: int, data_ranks: int = 1
+    samples: TokenSet,
+    order: BatchOrder,
+    *,
+    capacity: int,
+    packing: bool,
+    micro_batch: int,
+    joined: bool = False,
+    data_ranks: int = 1,
 ) -> Workload:
     """Look at steps of the run, in its own order, cut into micro-batches as a strategy does."""
     steps = np.unique(np.linspace(0, order.total_steps - 1, SAMPLED_STEPS).astype(int))
@@ -40,7 +47,8 @@ def sample_workload(
     counts, tokens, sequences = [], 0, 0
     for step in steps:
         indices = order.indices(int(step))
-        cut = micro_batches(fill_rows(indices, samples.lengths, capacity=capacity, packing=packing), micro_batch)
+        rows = fill_rows(indices, samples.lengths, capacity=capacity, packing=packing)
+        cut = micro_batches(rows, micro_batch, joined=joined)
         groups += cut
         counts.append(-(-len(cut) // data_ranks))
         tokens += int(samples.lengths[indices].sum())

@@ -50,6 +50,7 @@ class Workbench:
             packing=self.packing,
             micro_batch=strategy.micro_batch,
             pad_id=self.pad_id,
+            joined=self.packing and strategy.joined,
         )
 
 
