@@ -24,9 +24,9 @@ COMMON = {"vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "max_p
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "intermediate_size": 160, "num_hidden_layers": 11, "num_key_value_heads": 2},
     "gpt2": {"vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 9, "n_positions": 128},
-    "gemma3_text": {  # every sixth layer attends to everything
-        **COMMON, "intermediate_size": 160, "num_hidden_layers": 38, "num_key_value_heads": 2, "head_dim": 16,
-        "sliding_window": 16,
+    "gemma3_text": {  # every second layer attends to everything
+        **COMMON, "intermediate_size": 160, "num_hidden_layers": 13, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 6 + ["sliding_attention"],
     },
     "qwen3_moe": {
         **COMMON, "intermediate_size": 160, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 16,
@@ -126,8 +126,8 @@ def test_a_pattern_is_kept_in_the_configuration() -> None:
     before = list(model.config.layer_types)
     reduction = reduce_depth(model)
     kept = list(model.config.layer_types)
-    assert reduction.regions[0].count == 6, "six periods of six layers, and two more"
-    assert len(kept) == KEPT * 6 + 2 == model.config.num_hidden_layers
+    assert reduction.regions[0].count == 6, "six periods of two layers, and one more"
+    assert len(kept) == KEPT * 2 + 1 == model.config.num_hidden_layers
     assert kept == before[: len(kept)]
 
 
