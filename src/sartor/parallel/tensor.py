@@ -79,6 +79,13 @@ class GatherTokens(ParallelStyle):
         return module
 
 
+def check_split(model: nn.Module, layout: Layout) -> None:
+    """Raises JobError where `split` would, before there is a mesh."""
+    plan = _read_plan(model)
+    _check_sizes(model, plan, layout)
+    _styles(model, plan, layout)
+
+
 def split(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """`model` (on the meta device, or the same weights on every rank), split over the mesh's `tensor` dimension, in place.
 
@@ -103,14 +110,19 @@ def split(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     return model
 
 
-def _read_plan(model: nn.Module) -> dict[str, str]:
-    """Path of a module in the blocks → its style, from the model's own plan."""
-    if getattr(model, "peft_config", None):
+def refuse_adapters(adapter: bool) -> None:
+    """Raises JobError for a model with adapters."""
+    if adapter:
         raise JobError(
             "adapters are not split over tensor parallel ranks",
             why="the model's plan names the layers that an adapter wraps, not the adapter's own",
             remedy=f"method=full, or {_WITHOUT}",
         )
+
+
+def _read_plan(model: nn.Module) -> dict[str, str]:
+    """Path of a module in the blocks → its style, from the model's own plan."""
+    refuse_adapters(bool(getattr(model, "peft_config", None)))
     rules: dict[str, str] = getattr(model, "_tp_plan", None) or {}
     strange = next((rule for rule, style in rules.items() if style not in _KNOWN and "embed" not in rule), None)
     if strange is not None:

@@ -7,10 +7,15 @@ those far larger than the device, and those slower than one that fits. What is c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from sartor.errors import JobError
 from sartor.job.units import format_bytes, format_seconds
+from sartor.model import skeleton
+from sartor.parallel import Layout
+from sartor.parallel.tensor import check_split, refuse_adapters
 from sartor.plan.estimate import Estimator
 from sartor.plan.forecast import forecast_of
 from sartor.plan.plan import Rejected
@@ -49,13 +54,13 @@ class _Estimated:
 
 def search(setting: Setting, row_capacity: int) -> Choice:
     """The fastest candidate that fits, else the fastest that is tight, else the smallest. Raises JobError."""
-    everything = list(candidates(setting, row_capacity))
+    everything, impossible = _possible(setting, list(candidates(setting, row_capacity)))
     rates = rates_of(setting.machine)
     timing = None if rates is None else Timing(setting, rates)
     if timing is None or len(everything) == 1:
-        return _Walk(setting, timing).through(everything)
+        return _Walk(setting, timing, rejected=impossible).through(everything)
     estimator = Estimator(setting, timing)
-    walk = _Walk(setting, timing, estimator)
+    walk = _Walk(setting, timing, estimator, rejected=impossible)
     keeping = [strategy for strategy in everything if not strategy.recompute]
     again = [strategy for strategy in everything if strategy.recompute]
     try:
@@ -70,17 +75,44 @@ def search(setting: Setting, row_capacity: int) -> Choice:
             str(error) if isinstance(error, NotComparable) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         )
         return dataclasses.replace(
-            _Walk(setting, timing).through(everything), note=f"strategies are not ranked by time: {reason}"
+            _Walk(setting, timing, rejected=impossible).through(everything), note=f"strategies are not ranked by time: {reason}"
         )
     return walk.first_fit() or walk.last_resort()
+
+
+def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strategy], list[Rejected]]:
+    """Without the layouts that the job does not ask for and this model cannot have."""
+    if setting.job.strategy.tensor != "auto" or all(strategy.layout.tensor == 1 for strategy in strategies):
+        return strategies, []
+    model = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
+
+    @cache
+    def reason(layout: Layout) -> str:
+        try:
+            refuse_adapters(setting.method.adapter)
+            check_split(model, layout)
+        except JobError as error:
+            return str(error)
+        return ""
+
+    reasons = [reason(strategy.layout) if strategy.layout.tensor > 1 else "" for strategy in strategies]
+    impossible = [Rejected(strategy=strategy, reason=why) for strategy, why in zip(strategies, reasons, strict=True) if why]
+    return [strategy for strategy, why in zip(strategies, reasons, strict=True) if not why], impossible
 
 
 class _Walk:
     """Candidates that were estimated, forecast, and rejected so far."""
 
-    def __init__(self, setting: Setting, timing: Timing | None, estimator: Estimator | None = None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        timing: Timing | None,
+        estimator: Estimator | None = None,
+        rejected: Sequence[Rejected] = (),
+    ) -> None:
         self.setting, self.timing, self.estimator = setting, timing, estimator
         self.room = setting.machine.device.total_bytes
+        self.impossible = tuple(rejected)
         self.rejected: list[Rejected] = []
         self.tight: tuple[Strategy, MemoryForecast] | None = None
         self.worst: tuple[Strategy, MemoryForecast] | None = None
@@ -107,7 +139,7 @@ class _Walk:
                 self.rejected[-1] = dataclasses.replace(self.rejected[-1], step_seconds=entry.seconds)
                 continue
             forecast = self._forecast(entry.strategy)
-            if forecast is not None and forecast.verdict in ("fits", "cannot say"):
+            if forecast.verdict in ("fits", "cannot say"):
                 self._note_slower(entry)
                 return self._choice(entry.strategy, forecast)
         return None
@@ -116,7 +148,7 @@ class _Walk:
         """Without times: candidates in their own order."""
         for strategy in strategies:
             forecast = self._forecast(strategy)
-            if forecast is not None and forecast.verdict in ("fits", "cannot say"):
+            if forecast.verdict in ("fits", "cannot say"):
                 return self._choice(strategy, forecast)
         return self.last_resort()
 
@@ -132,16 +164,8 @@ class _Walk:
     def _size(self, strategy: Strategy) -> int:
         return 0 if self.estimator is None else self.estimator.bytes(strategy)
 
-    def _forecast(self, strategy: Strategy) -> MemoryForecast | None:
-        """The forecast of a candidate; None for a layout that this model cannot have, where the job did not ask for it."""
-        try:
-            forecast = forecast_of(self.setting, strategy)
-        except JobError as error:
-            wanted = self.setting.job.strategy
-            if strategy.layout.tensor == 1 or wanted.tensor != "auto":
-                raise
-            self._reject(strategy, str(error))
-            return None
+    def _forecast(self, strategy: Strategy) -> MemoryForecast:
+        forecast = forecast_of(self.setting, strategy)
         if forecast.verdict == "tight" and self.tight is None:
             self.tight = strategy, forecast
         if forecast.verdict == "does not fit":
@@ -164,4 +188,4 @@ class _Walk:
         time = None
         if self.timing is not None and forecast.stages:
             time = self.timing.of_forecast(strategy, forecast)
-        return Choice(strategy=strategy, forecast=forecast, time=time, rejected=tuple(self.rejected))
+        return Choice(strategy=strategy, forecast=forecast, time=time, rejected=(*self.rejected, *self.impossible))
