@@ -57,7 +57,7 @@ def measure(name: str, data: Path) -> dict[str, Any]:
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    for module in ("plan.make", "predict.memory", "predict.stages"):
+    for module in ("api", "plan.make", "predict.memory", "predict.stages"):
         importlib.import_module(f"sartor.{module}")
     importlib.import_module("torch.distributed.fsdp")
     job = job_of(name, data)

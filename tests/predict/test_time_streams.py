@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from sartor.predict.operations import Group
-from sartor.predict.streams import Block, Link, Network, Task, collective_seconds, run, run_blocks, run_pipeline
+from sartor.predict.streams import Block, Link, Network, collective_seconds, run_blocks, run_pipeline
 
 
-def test_tasks_wait_for_their_stream_and_for_each_other() -> None:
-    ends = run([Task("a", 2), Task("b", 1), Task("b", 1, (0,)), Task("a", 3), Task("b", 1, (1, 3))])
-    assert ends == [2, 1, 3, 5, 6]
+def simulated(blocks: list[Block]) -> float:
+    """As `run_blocks`, task by task: (stream, seconds, tasks that have to be done)."""
+    tasks: list[tuple[str, float, list[int]]] = []
+    gathers = [block.gather for block in blocks if block.gather]
+    gathered: list[int] = []
+    last: list[int] = []
+
+    def gather() -> None:
+        if len(gathered) < len(gathers):
+            tasks.append(("communication", gathers[len(gathered)], list(last)))
+            gathered.append(len(tasks) - 1)
+
+    gather()
+    for block in blocks:
+        waits = []
+        if block.gather:
+            waits = [gathered[-1]]
+            gather()
+        tasks.append(("compute", block.compute + block.inline, waits))
+        last = [len(tasks) - 1]
+        if block.reduce:
+            tasks.append(("communication", block.reduce, list(last)))
+    free: dict[str, float] = {}
+    ends: list[float] = []
+    for stream, seconds, after in tasks:
+        ends.append(max([free.get(stream, 0.0), *(ends[place] for place in after)]) + seconds)
+        free[stream] = ends[-1]
+    return max(ends, default=0.0)
+
+
+def test_blocks_take_what_a_simulation_of_two_streams_takes() -> None:
+    random = Random(1)
+    for length in range(200):
+        blocks = [Block(*(random.choice([0.0, random.random()]) for _ in range(4))) for _ in range(length % 9)]
+        assert run_blocks(blocks).seconds == pytest.approx(simulated(blocks))
 
 
 def test_rings() -> None:

@@ -45,19 +45,19 @@ class TokenSet:
         self._table = table.combine_chunks()
         ids = self._table["input_ids"].combine_chunks()
         trained = self._table["trained"].combine_chunks()
-        offsets = ids.offsets.to_numpy()
+        offsets = _numbers(ids.offsets)
         self._first = offsets[:-1]
         self._ids = ids.values
         self._trained = trained.values
         self.lengths: np.ndarray = np.diff(offsets)
         """Tokens of each sample, int, (samples,)."""
         # The first token of a sample is never a target: nothing predicts it.
-        flags = self._trained.to_numpy(zero_copy_only=False).astype(np.int64)
+        flags = _numbers(self._trained).astype(np.int64)
         flags[self._first[self.lengths > 0]] = 0
         sums = np.concatenate([[0], np.cumsum(flags)])
         self.trained_counts: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]
         """Tokens of each sample that count in the loss, int, (samples,)."""
-        self.truncated: np.ndarray = self._table["truncated"].to_numpy()
+        self.truncated: np.ndarray = _numbers(self._table["truncated"].combine_chunks())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,8 +65,8 @@ class TokenSet:
     def __getitem__(self, index: int) -> Sample:
         first, length = int(self._first[index]), int(self.lengths[index])
         return Sample(
-            input_ids=self._ids.slice(first, length).to_numpy(),
-            trained=self._trained.slice(first, length).to_numpy(zero_copy_only=False),
+            input_ids=_numbers(self._ids.slice(first, length)),
+            trained=_numbers(self._trained.slice(first, length)),
             source=self.source(index),
             truncated=bool(self.truncated[index]),
         )
@@ -109,14 +109,37 @@ class TokenSet:
             partial.unlink(missing_ok=True)
 
 
+# To and from buffers: `pa.array` and `to_numpy` import pandas where it is installed, to ask whether an array is one of its own.
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """Of whole numbers or flags without gaps; not to be written to."""
+    if not len(array):
+        return np.empty(0, dtype=array.type.to_pandas_dtype())
+    content = array.buffers()[1]
+    if pa.types.is_boolean(array.type):
+        first, last = array.offset // 8, -(-(array.offset + len(array)) // 8)
+        bits = np.unpackbits(np.frombuffer(content, np.uint8, count=last - first, offset=first), bitorder="little")
+        return bits[array.offset % 8 : array.offset % 8 + len(array)].astype(bool)
+    kind = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(content, kind, count=len(array), offset=array.offset * kind.itemsize)
+
+
 def _record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64)
     ids = np.concatenate([sample.input_ids for sample in samples] or [np.empty(0)]).astype(np.int32)
     trained = np.concatenate([sample.trained for sample in samples] or [np.empty(0)]).astype(bool)
+    sources = [sample.source.encode() for sample in samples]
+    ends = np.concatenate([[0], np.cumsum([len(source) for source in sources])]).astype(np.int32)
+    numbers = pa.Array.from_buffers(pa.int32(), len(ids), [None, pa.py_buffer(ids)])
     columns = [
-        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-        pa.LargeListArray.from_arrays(offsets, pa.array(trained, pa.bool_())),
-        pa.array([sample.source for sample in samples], pa.string()),
-        pa.array([sample.truncated for sample in samples], pa.bool_()),
+        pa.Array.from_buffers(SCHEMA.field(0).type, len(samples), [None, pa.py_buffer(offsets)], children=[numbers]),
+        pa.Array.from_buffers(SCHEMA.field(1).type, len(samples), [None, pa.py_buffer(offsets)], children=[_flags(trained)]),
+        pa.StringArray.from_buffers(len(samples), pa.py_buffer(ends), pa.py_buffer(b"".join(sources))),
+        _flags(np.array([sample.truncated for sample in samples], dtype=bool)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _flags(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])

@@ -152,6 +152,7 @@ def _built_in() -> Catalogue:
     return _read(_BUILT_IN, Catalogue(devices={}, machines={}, aliases={}, index={}))
 
 
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COUNT = re.compile(r"\s*(\d+)\s*[x×*]\s*(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -210,7 +211,7 @@ def _of_devices(device: DeviceModel, *, nodes: int, per_node: int) -> MachineMod
 def _read(path: Path, below: Catalogue) -> Catalogue:
     """The catalogue in the file on top of another one. Raises JobError naming file and entry."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise JobError(f"machine file {path} cannot be read", why=str(error)) from error
     top = _Entry(str(path), {} if content is None else content)

@@ -186,8 +186,12 @@ class _Messages:
 
     def __init__(self, table: list[Operation]) -> None:
         self.table = table
+        self._places: dict[tuple[str, int, Group], int] = {}
 
     def place(self, name: str, size_bytes: int, group: Group) -> int:
+        key = name, size_bytes, group
+        if key in self._places:
+            return self._places[key]
         operation = Operation(
             name=name,
             family="collective",
@@ -198,9 +202,9 @@ class _Messages:
             made_bytes=0,
             group=group,
         )
-        if operation not in self.table:
-            self.table.append(operation)
-        return self.table.index(operation)
+        self.table.append(operation)
+        self._places[key] = len(self.table) - 1
+        return self._places[key]
 
 
 def _recomputed(operations: Operations, part: Segment) -> bool:

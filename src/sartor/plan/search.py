@@ -14,6 +14,7 @@ from functools import cache
 from sartor.errors import JobError
 from sartor.job.units import format_bytes, format_seconds
 from sartor.model import skeleton
+from sartor.model.regions import reduce_depth
 from sartor.parallel import Layout
 from sartor.parallel.tensor import check_split, refuse_adapters
 from sartor.plan.estimate import Estimator
@@ -85,6 +86,7 @@ def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strate
     if setting.job.strategy.tensor != "auto" or all(strategy.layout.tensor == 1 for strategy in strategies):
         return strategies, []
     model = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
+    reduce_depth(model)
 
     @cache
     def reason(layout: Layout) -> str:

@@ -12,27 +12,6 @@ from dataclasses import dataclass
 
 from sartor.predict.operations import Group
 
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Work for one stream. `after`: places of tasks that have to be done before it starts."""
-
-    stream: str
-    seconds: float
-    after: tuple[int, ...] = ()
-
-
-def run(tasks: Sequence[Task]) -> list[float]:
-    """When each task ends, in seconds from the start. A task may depend on earlier ones of the list only."""
-    free: dict[str, float] = {}
-    ends: list[float] = []
-    for task in tasks:
-        start = max([free.get(task.stream, 0.0), *(ends[place] for place in task.after)])
-        ends.append(start + task.seconds)
-        free[task.stream] = ends[-1]
-    return ends
-
-
 # -- links ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,26 +98,21 @@ class Spent:
 def run_blocks(blocks: Sequence[Block]) -> Spent:
     """Blocks one after the other, their communication on a stream of its own. When a block starts, what the next one needs is
     gathered first, and then what earlier ones computed is reduced."""
-    tasks: list[Task] = []
-    gathering = (block.gather for block in blocks if block.gather)
-    gathered = last = -1
-
-    def gather_next() -> int:
-        seconds = next(gathering, 0.0)
-        if seconds:
-            tasks.append(Task("communication", seconds, (last,) if last >= 0 else ()))
-        return len(tasks) - 1
-
-    upcoming = gather_next()
+    gathers = [block.gather for block in blocks if block.gather]
+    sending = gathered = computing = 0.0  # when communication, the last gather, and compute will be through
+    place = 0
+    if gathers:
+        sending = gathered = gathers[0]
     for block in blocks:
+        ready = 0.0
         if block.gather:
-            gathered, upcoming = upcoming, gather_next()
-        waits = (gathered,) if block.gather else ()
-        tasks.append(Task("compute", block.compute + block.inline, waits))
-        last = len(tasks) - 1
+            ready, place = gathered, place + 1
+            if place < len(gathers):
+                sending = gathered = max(sending, computing) + gathers[place]
+        computing = max(computing, ready) + block.compute + block.inline
         if block.reduce:
-            tasks.append(Task("communication", block.reduce, (last,)))
-    return Spent(seconds=max(run(tasks), default=0.0), compute=sum(block.compute for block in blocks))
+            sending = max(sending, computing) + block.reduce
+    return Spent(seconds=max(sending, computing), compute=sum(block.compute for block in blocks))
 
 
 # -- pipelines -----------------------------------------------------------------------------------------------------------------
