@@ -28,6 +28,7 @@ JOBS = {
     "llama-2-7b full, 8 x A100": ("llama/llama-2-7b-hf.json", "full", "8xA100-80GB", 8),
     "llama-3.1-405b lora, 64 x H100": ("llama/Meta-Llama-3.1-405B.json", "lora", "8x8xH100-80GB", 64),
     "llama-3.1-405b full, 512 x H100": ("llama/Meta-Llama-3.1-405B.json", "full", "64x8xH100-80GB", 512),
+    "deepseek-v3 lora, 64 x B200": ("deepseek/DeepSeek-V3.json", "lora", "8x8xB200-180GB", 64),
     "deepseek-v3 full, 512 x H200": ("deepseek/DeepSeek-V3.json", "full", "64x8xH200-141GB", 512),
 }
 

@@ -157,9 +157,11 @@ class _Walk:
     def last_resort(self) -> Choice:
         """What is tight, else what failed last, else the smallest by its estimate."""
         found = self.tight or self.worst
-        if found is None or (self.tight is None and self.estimator is not None):
+        if self.tight is None and self.estimator is not None:
             smallest = min((entry.strategy for entry in self.rejected), key=self._size)
-            found = smallest, forecast_of(self.setting, smallest)
+            if found is None or found[0] != smallest:
+                found = smallest, forecast_of(self.setting, smallest)
+        assert found is not None, "what was not estimated was forecast"
         self.rejected = [entry for entry in self.rejected if entry.strategy != found[0]]
         return self._choice(*found)
 

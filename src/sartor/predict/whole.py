@@ -48,7 +48,8 @@ def trace_job(
     Layers that repeat are traced a few times and repeated; where that cannot be (their traces differ, or the method treats layers
     by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
     where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`).
-    A `sketch` keeps fewer layers and trusts them."""
+    A `sketch` keeps fewer layers: sums are right,
+    but which storage of a neighbour is freed when may not be."""
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
