@@ -4,7 +4,7 @@
 
 The machine is calibrated first (`sartor.machine.calibrate`), then every job is forecast and run (`python -m sartor train`, a
 process each). Measured is the median step of metrics.jsonl after warm-up; where lengths differ, forecast and measurement are both
-means over the run. `--ranking` runs all candidates of small jobs (micro-batches, packing, recomputation) and tells how much
+means over the run. `--ranking` runs candidates of small jobs (micro-batches, packing, recomputation) and tells how much
 slower than the fastest of them the planner's own choice is, and the one with the shortest forecast.
 """
 
@@ -64,6 +64,7 @@ RUNS = {
     "10m-ragged": Case(width=320, layers=6, ragged=True, length=256, batch=16, micro_batch=4),
     "10m-packed": Case(width=320, layers=6, ragged=True, packing=True, length=256, batch=16, micro_batch=4),
     "25m-bf16": Case(width=448, layers=8, vocabulary=8192, precision="bf16", batch=4, micro_batch=4),
+    "25m-master": Case(width=448, layers=8, vocabulary=8192, precision="bf16-master", batch=8, micro_batch=4),
     "25m-qwen3": Case(kind="qwen3", width=512, layers=8, vocabulary=8192, batch=4, micro_batch=2),
     "60m": Case(width=640, layers=10, vocabulary=8192, batch=4, micro_batch=4),
     "60m-long": Case(width=640, layers=10, vocabulary=8192, length=1024, batch=2, micro_batch=1, recompute="full"),
@@ -86,7 +87,7 @@ RANKED = {
     "5m-vocabulary": Case(width=192, layers=4, vocabulary=16384, ragged=True, length=128),
     "10m-short": Case(width=320, layers=6, ragged=True, length=64, batch=16, micro_batch=16),
     "10m-lora": Case(width=320, layers=6, method="lora", ragged=True),
-    "10m-bf16": Case(width=320, layers=6, precision="bf16", ragged=True, length=128),
+    "10m-master": Case(width=320, layers=6, precision="bf16-master", ragged=True, length=128),
     "10m-qwen3": Case(kind="qwen3", width=256, layers=6, ragged=True, length=128),
 }
 
@@ -183,9 +184,9 @@ def run(name: str, case: Case, *, steps: int) -> dict[str, Any]:
     return result
 
 
-def candidates(case: Case) -> list[Case]:
-    """Every way to run it: micro-batches halved down to one, packed or not, recomputed or not."""
-    sizes = [case.batch >> step for step in range(case.batch.bit_length()) if case.batch >> step >= 1]
+def candidates(case: Case, chosen: int) -> list[Case]:
+    """Ways to run it: the whole batch at once, a quarter, single rows, and the planner's own; packed or not, recomputed or not."""
+    sizes = sorted({case.batch, max(case.batch // 4, 1), 1, chosen}, reverse=True)
     packing = (False, True) if case.ragged and case.kind == "llama" else (False,)
     return [
         dataclasses.replace(case, micro_batch=size, packing=packed, recompute=recompute)
@@ -195,12 +196,12 @@ def candidates(case: Case) -> list[Case]:
 
 def rank(name: str, case: Case, *, steps: int) -> dict[str, Any]:
     """How much slower than the fastest candidate the planner's own choice is, and the one with the shortest forecast."""
-    rows = [run(f"{name} {number}", candidate, steps=steps) for number, candidate in enumerate(candidates(case))]
-    shortest, best = (min(rows, key=lambda row: row[key]) for key in ("forecast_seconds", "measured_seconds"))
-    packing = "auto" if any(candidate.packing for candidate in candidates(case)) else False
+    packing = "auto" if any(candidate.packing for candidate in candidates(case, 1)) else False
     with tempfile.TemporaryDirectory() as scratch:
         free = dataclasses.replace(case, micro_batch="auto", recompute="auto", packing=packing)
         strategy = forecast(write_job(free, Path(scratch), steps))["strategy"]
+    rows = [run(f"{name} {number}", candidate, steps=steps) for number, candidate in enumerate(candidates(case, strategy[0]))]
+    shortest, best = (min(rows, key=lambda row: row[key]) for key in ("forecast_seconds", "measured_seconds"))
     chosen = next(row for row in rows if row["strategy"] == strategy)
     return {
         "job": name,
