@@ -185,7 +185,7 @@ def run(name: str, case: Case, *, steps: int) -> dict[str, Any]:
 
 
 def candidates(case: Case, chosen: int) -> list[Case]:
-    """Ways to run it: the whole batch at once, a quarter, single rows, and the planner's own; packed or not, recomputed or not."""
+    """Ways to run it: the whole batch at once, a quarter, single rows, the planner's own; packed or not, recomputed or not."""
     sizes = sorted({case.batch, max(case.batch // 4, 1), 1, chosen}, reverse=True)
     packing = (False, True) if case.ragged and case.kind == "llama" else (False,)
     return [
