@@ -43,7 +43,10 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def source(kind: str, **changes: Any) -> ModelSource:
-    return ModelSource(path=kind, config=AutoConfig.for_model(kind, **{**SMALL[kind], **changes}), has_weights=False)
+    sizes = {**SMALL[kind], **changes}
+    if "layer_types" in sizes:
+        sizes["layer_types"] = sizes["layer_types"][: sizes["num_hidden_layers"]]
+    return ModelSource(path=kind, config=AutoConfig.for_model(kind, **sizes), has_weights=False)
 
 
 def batches(micro_batches: int, *, packing: bool = False) -> list[Batch]:
