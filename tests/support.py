@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sartor.machine.calibration import AttentionRate, DeviceRates, LossRate, MatmulRate, MemoryRate
+
 REPOSITORY = Path(__file__).parents[1]
 BASE = REPOSITORY / "src/sartor/demo/model"
 """The demo's base model: its tokenizer and chat template serve the tiny models below."""
@@ -83,3 +85,42 @@ class PageChecker(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
+
+
+def device_rates() -> DeviceRates:
+    """A machine of round numbers."""
+    kinds = ("add", "copy", "cast", "exp", "silu", "softmax", "layer_norm", "sum", "gather")
+    return DeviceRates(
+        matmul=tuple(
+            MatmulRate(dtype="float32", form=form, batch=1, m=m, n=n, k=256, flops_per_second=rate)
+            for form, m, n, rate in (
+                ("nt", 64, 256, 4e10), ("nt", 1024, 256, 1e11), ("nn", 1024, 256, 8e10), ("tn", 1024, 256, 6e10)
+            )
+        ),
+        memory=tuple(
+            MemoryRate(kind=kind, dtype="float32", total_bytes=size, bytes_per_second=rate)
+            for kind in kinds
+            for size, rate in ((2**20, 4e10), (2**27, 1e10))
+        ),
+        attention=(
+            AttentionRate(
+                dtype="float32", form="causal", batch=4, heads=12, length=256, head_size=64, forward_flops_per_second=5e10,
+                backward_flops_per_second=3e10,
+            ),
+        ),
+        loss=(
+            LossRate(
+                dtype="float32", rows=512, vocabulary=2048, forward_elements_per_second=1e9, backward_elements_per_second=2e9
+            ),
+        ),
+        operator_seconds=1e-6,
+        recorded_operator_seconds=2e-6,
+        backward_operator_seconds=3e-6,
+        view_seconds=1e-6,
+        view_backward_seconds=2e-6,
+        block_operator_seconds=4e-6,
+        block_backward_operator_seconds=5e-6,
+        adamw_parameters_per_second=1e9,
+        adamw_tensor_seconds=1e-6,
+        first_touch_bytes_per_second=1e9,
+    )  # fmt: skip

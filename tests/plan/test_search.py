@@ -12,7 +12,11 @@ from transformers import GPT2Config, LlamaConfig
 
 import sartor
 from sartor.errors import DoesNotFit
+from sartor.job.schema import MachineJob
+from sartor.machine import probe
+from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
 from sartor.plan import Plan, make
+from support import device_rates
 
 GIB = 2**30
 MICRO_BATCHES = (8, 4, 2, 1)
@@ -87,6 +91,27 @@ def test_a_machine_of_unknown_speed_gets_a_plan_without_times(job: dict[str, Any
     bare = make(known.job, dataclasses.replace(known.machine, rates=None))
     assert bare.time is None
     assert bare.forecast.verdict == "fits"
+
+
+def test_a_calibrated_cpu_ranks_full_fine_tuning_with_long_answers(tmp_path: Path) -> None:
+    """Its loss goes through several chunks, in the traces that rank as in the run."""
+    LlamaConfig(
+        vocab_size=8192, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
+    ).save_pretrained(tmp_path)  # fmt: skip
+    key = calibration_key(probe(MachineJob(device="cpu")))
+    known: dict[str, Any] = {"version": CALIBRATION_VERSION, "key": key, "measured": "2026-11-21", "seconds": 1.0}
+    save_calibration(Calibration(**known, device=device_rates()))
+    tree = {
+        "model": str(tmp_path / "config.json"),
+        "data": {"synthetic": {"length": 301, "examples": 32}},
+        "method": "full",
+        "training": {"epochs": 1, "global_batch": 16},
+        "machine": {"device": "cpu"},
+    }
+    plan = sartor.plan(tree)
+    assert plan.time is not None
+    assert not any("not ranked" in note for note in plan.notes)
+    assert any("% slower" in other.reason for other in plan.rejected)
 
 
 def test_machines_are_compared(tmp_path: Path) -> None:

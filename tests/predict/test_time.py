@@ -9,7 +9,7 @@ import pytest
 
 from sartor.data.pack import Batch
 from sartor.job import from_mapping
-from sartor.machine.calibration import AttentionRate, Calibration, DeviceRates, LossRate, MatmulRate, MemoryRate
+from sartor.machine.calibration import Calibration
 from sartor.machine.catalogue import lookup
 from sartor.parallel import Layout
 from sartor.predict.operations import VIEW, Operation, Operations
@@ -21,6 +21,7 @@ from sartor.predict.target import Target
 from sartor.predict.time import Expenses, Work, expenses_of, forecast_time, network_of
 from sartor.predict.whole import trace_job
 from sartor.step import Precision
+from support import device_rates
 
 from .test_repeat import source
 
@@ -140,45 +141,6 @@ def test_a_pipeline_has_its_bubble(schedule: str) -> None:
     assert made.mfu == pytest.approx(count * (first + last) / made.step_seconds / 2 / 2, rel=1e-6)
 
 
-def rates() -> DeviceRates:
-    """A machine of round numbers."""
-    kinds = ("add", "copy", "cast", "exp", "silu", "softmax", "layer_norm", "sum", "gather")
-    return DeviceRates(
-        matmul=tuple(
-            MatmulRate(dtype="float32", form=form, batch=1, m=m, n=n, k=256, flops_per_second=rate)
-            for form, m, n, rate in (
-                ("nt", 64, 256, 4e10), ("nt", 1024, 256, 1e11), ("nn", 1024, 256, 8e10), ("tn", 1024, 256, 6e10)
-            )
-        ),
-        memory=tuple(
-            MemoryRate(kind=kind, dtype="float32", total_bytes=size, bytes_per_second=rate)
-            for kind in kinds
-            for size, rate in ((2**20, 4e10), (2**27, 1e10))
-        ),
-        attention=(
-            AttentionRate(
-                dtype="float32", form="causal", batch=4, heads=12, length=256, head_size=64, forward_flops_per_second=5e10,
-                backward_flops_per_second=3e10,
-            ),
-        ),
-        loss=(
-            LossRate(
-                dtype="float32", rows=512, vocabulary=2048, forward_elements_per_second=1e9, backward_elements_per_second=2e9
-            ),
-        ),
-        operator_seconds=1e-6,
-        recorded_operator_seconds=2e-6,
-        backward_operator_seconds=3e-6,
-        view_seconds=1e-6,
-        view_backward_seconds=2e-6,
-        block_operator_seconds=4e-6,
-        block_backward_operator_seconds=5e-6,
-        adamw_parameters_per_second=1e9,
-        adamw_tensor_seconds=1e-6,
-        first_touch_bytes_per_second=1e9,
-    )  # fmt: skip
-
-
 def operation(**changes: Any) -> Operation:
     common = {"dtype": "float32", "flops": 0, "read_bytes": 0, "written_bytes": 0, "made_bytes": 0}
     return Operation(**{**common, **changes})
@@ -189,7 +151,7 @@ def product(m: int, form: str = "nt") -> Operation:
 
 
 def calibrated(**changes: Any) -> CalibratedRates:
-    calibration = Calibration(version=1, key="", measured="", seconds=1.0, device=rates())
+    calibration = Calibration(version=1, key="", measured="", seconds=1.0, device=device_rates())
     return CalibratedRates(calibration, **changes)
 
 
@@ -203,8 +165,10 @@ def test_measured_rates_are_met_where_they_were_measured() -> None:
     assert known.seconds(added, "update") == pytest.approx(1e-6 + 2**27 / 1e10 - 1e-6, rel=1e-3)
     assert known.seconds(VIEW, "forward") == pytest.approx(1e-6)
     assert known.seconds(VIEW, "backward") == pytest.approx(2e-6)
-    step = operation(name="_fused_adamw_", family="optimizer", sizes=(10**6,))
+    step = operation(name="_fused_adamw_", family="optimizer", sizes=(10**6,), read_bytes=16 * 10**6, written_bytes=12 * 10**6)
     assert known.seconds(step, "update") == pytest.approx(1e-3 + 1e-6)
+    halves = dataclasses.replace(step, name="adamw_", read_bytes=14 * 10**6)  # its gradient is bfloat16
+    assert known.seconds(halves, "update") == pytest.approx(26 / 28 * 1e-3 + 1e-6)
 
 
 def test_what_the_caches_do_not_hold_comes_from_memory() -> None:

@@ -8,6 +8,7 @@ Shapes: N rows with a target, C rows of a chunk, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +75,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         autocast: torch.dtype | None,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        given = [None if tensor is None else tensor.dtype for tensor in (hidden_NH, weight_VH, bias_V)]
+        given = hidden_NH.dtype
+        to_weight_VH = torch.empty_like(weight_VH) if wanted[1] else None
+        to_bias_V = torch.empty_like(bias_V) if wanted[2] and bias_V is not None else None
         if autocast is not None:
             hidden_NH, weight_VH = hidden_NH.to(autocast), weight_VH.to(autocast)
             bias_V = None if bias_V is None else bias_V.to(autocast)
+        to_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
+        extent = Extent.of(hidden_NH, weight_VH, to_weight_VH, to_bias_V)
+        workspace = hidden_NH.new_empty(extent.workspace_bytes, dtype=torch.uint8)
+        results = (workspace, to_hidden_NH, to_weight_VH, to_bias_V)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            loss, gradients = _chunks(hidden_NH, weight_VH, bias_V, targets_N, finish, factor, wanted)
-        ctx.gradients = [
-            gradient if gradient is None or dtype is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, given, strict=True)
-        ]
-        return loss * factor
+            loss: Tensor = linear_cross_entropy_(
+                hidden_NH, weight_VH, bias_V, targets_N, *results, finish.scale, finish.cap, factor
+            )
+        ctx.gradients = [None if to_hidden_NH is None else to_hidden_NH.to(given), to_weight_VH, to_bias_V]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
@@ -94,11 +100,82 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), *[None] * 5)
 
 
-def rows_of_chunk(rows: int, vocabulary: int, element_bytes: int, *, trained: bool) -> int:
-    """How many of `rows` are taken at once: as many in every chunk, but for the last."""
-    most = (2 if trained else 1) * min(max(CHUNK_BYTES // (vocabulary * element_bytes), FEWEST_ROWS), MOST_ROWS)
-    chunks = max(-(-rows // most), 1)
-    return max(-(-rows // chunks), 1)
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How large a call is, from which follow its chunks and what it takes beside its results."""
+
+    rows: int
+    width: int
+    vocabulary: int
+    compute: torch.dtype
+    weight: torch.dtype | None
+    """Format of the gradient of the head's weight; None where it is frozen."""
+    bias: bool
+    """Whether it trains."""
+
+    @classmethod
+    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, to_weight_VH: Tensor | None, to_bias_V: Tensor | None) -> Extent:
+        return cls(
+            rows=len(hidden_NH),
+            width=weight_VH.shape[1],
+            vocabulary=len(weight_VH),
+            compute=weight_VH.dtype,
+            weight=None if to_weight_VH is None else to_weight_VH.dtype,
+            bias=to_bias_V is not None,
+        )
+
+    @property
+    def most_rows(self) -> int:
+        """Of a chunk."""
+        most = min(max(CHUNK_BYTES // (self.vocabulary * self.compute.itemsize), FEWEST_ROWS), MOST_ROWS)
+        return most if self.weight is None else 2 * most
+
+    @property
+    def chunk_rows(self) -> int:
+        """As many in every chunk, but for the last."""
+        return max(-(-self.rows // max(-(-self.rows // self.most_rows), 1)), 1)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.rows // self.chunk_rows)
+
+    @property
+    def sums(self) -> torch.dtype | None:
+        """Format of the second matrix that the gradient of the weight needs: products of several chunks are summed in float32."""
+        if self.weight is None:
+            return None
+        if self.weight != self.compute:
+            return self.compute
+        return torch.float32 if self.compute.itemsize < 4 and self.chunks > 1 else None
+
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and formats of what lies in the workspace, one behind the other."""
+        logits = min(self.chunk_rows, self.rows), self.vocabulary
+        parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        parts |= {"losses": ((self.rows,), torch.float32), "logits": (logits, self.compute)}
+        if self.sums is not None:
+            parts["weight"] = (self.vocabulary, self.width), self.sums
+        if self.bias:
+            parts["bias"] = (self.vocabulary,), torch.float32
+        return parts
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in self.parts().values())
+
+    def cut(self, workspace: Tensor) -> dict[str, Tensor]:
+        """The workspace as its parts."""
+        cut, first = {}, 0
+        for name, (shape, dtype) in self.parts().items():
+            size = math.prod(shape) * dtype.itemsize
+            cut[name] = workspace[first : first + size].view(dtype).view(shape)
+            first += _aligned(size)
+        return cut
+
+
+def _aligned(size_bytes: int) -> int:
+    """To a line of the cache."""
+    return -(-size_bytes // 64) * 64
 
 
 def _chunks(
@@ -106,63 +183,79 @@ def _chunks(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor,
-    finish: Finish,
+    workspace: Tensor,
+    to_hidden_NH: Tensor | None,
+    to_weight_VH: Tensor | None,
+    to_bias_V: Tensor | None,
+    scale: float,
+    cap: float,
     factor: float,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The summed loss and the gradients that are wanted, those of weight and bias in float32 where several chunks add to them."""
-    count, vocabulary = len(hidden_NH), len(weight_VH)
-    rows = rows_of_chunk(count, vocabulary, hidden_NH.element_size(), trained=wanted[1])
-    losses_N = hidden_NH.new_empty(count, dtype=torch.float32)
-    buffer_CV = hidden_NH.new_empty((min(rows, count), vocabulary))
-    to_hidden = torch.empty_like(hidden_NH) if wanted[0] else None
-    to_weight = _Sum(weight_VH, rows=count, single=count <= rows) if wanted[1] else None
-    to_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
-    for first in range(0, count, rows):
-        chunk = slice(first, min(first + rows, count))
-        hidden_CH, logits_CV = hidden_NH[chunk], buffer_CV[: min(rows, count - first)]
+) -> Tensor:
+    """`factor` times the summed loss; writes the gradients that are wanted."""
+    extent = Extent.of(hidden_NH, weight_VH, to_weight_VH, to_bias_V)
+    parts, rows = extent.cut(workspace), extent.chunk_rows
+    wanted = any(result is not None for result in (to_hidden_NH, to_weight_VH, to_bias_V))
+    to_weight = None if to_weight_VH is None else _Sum(to_weight_VH, parts.get("weight"))
+    if extent.bias:
+        parts["bias"].zero_()
+    for first in range(0, extent.rows, rows):
+        chunk = slice(first, min(first + rows, extent.rows))
+        hidden_CH, logits_CV = hidden_NH[chunk], parts["logits"][: min(rows, extent.rows - first)]
         if bias_V is None:
             torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
         else:
             torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=logits_CV)
-        losses_N[chunk] = cross_entropy_(logits_CV, targets_N[chunk], finish.scale, finish.cap, factor if any(wanted) else 0.0)
-        if to_hidden is not None:
-            torch.mm(logits_CV, weight_VH, out=to_hidden[chunk])
+        parts["losses"][chunk] = _cross_entropy(logits_CV, targets_N[chunk], scale, cap, factor if wanted else 0.0)
+        if to_hidden_NH is not None:
+            torch.mm(logits_CV, weight_VH, out=to_hidden_NH[chunk])
         if to_weight is not None:
             to_weight.add(logits_CV, hidden_CH)
-        if to_bias is not None:
-            to_bias += logits_CV.sum(0, dtype=torch.float32)
-    return losses_N.sum(), (to_hidden, None if to_weight is None else to_weight.total_VH, to_bias)
+        if extent.bias:
+            parts["bias"] += logits_CV.sum(0, dtype=torch.float32)
+    if to_weight is not None:
+        to_weight.finish()
+    if to_bias_V is not None:
+        to_bias_V.copy_(parts["bias"])
+    return parts["losses"].sum() * factor
 
 
 class _Sum:
-    """The gradient of the head's weight. bfloat16 products of several chunks are summed in float32."""
+    """The gradient of the head's weight, with the second matrix that it needs, if any (`Extent.sums`)."""
 
-    def __init__(self, weight_VH: Tensor, *, rows: int, single: bool) -> None:
-        self._part_VH: Tensor | None = None
+    def __init__(self, result_VH: Tensor, second_VH: Tensor | None) -> None:
+        self._result_VH = result_VH
+        self._part_VH = self._total_VH = result_VH
+        if second_VH is not None and second_VH.dtype == torch.float32:
+            self._total_VH = second_VH
+        elif second_VH is not None:
+            self._part_VH = second_VH
         self._fresh = True
-        if single or weight_VH.dtype == torch.float32:
-            self.total_VH = torch.empty_like(weight_VH) if rows else torch.zeros_like(weight_VH)
-        else:
-            self._part_VH = torch.empty_like(weight_VH)
-            self.total_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        if self._part_VH is not None:
+        if self._part_VH is not self._total_VH:
             torch.mm(gradient_CV.t(), hidden_CH, out=self._part_VH)
-            add_(self.total_VH, self._part_VH)
+            if self._fresh:
+                self._total_VH.copy_(self._part_VH)
+            else:
+                _add(self._total_VH, self._part_VH)
         elif self._fresh:
-            torch.mm(gradient_CV.t(), hidden_CH, out=self.total_VH)
+            torch.mm(gradient_CV.t(), hidden_CH, out=self._total_VH)
         else:
-            self.total_VH.addmm_(gradient_CV.t(), hidden_CH)
+            self._total_VH.addmm_(gradient_CV.t(), hidden_CH)
         self._fresh = False
 
+    def finish(self) -> None:
+        if self._fresh:
+            self._result_VH.zero_()
+        elif self._total_VH is not self._result_VH:
+            self._result_VH.copy_(self._total_VH)
 
-def _native_cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:
+
+def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:
     """Loss of every row, in float32; the logits become their gradient times `factor`, but where that is 0."""
     native = library() if logits_CV.is_cpu and logits_CV.is_contiguous() else None
     if native is None or logits_CV.dtype not in (torch.float32, torch.bfloat16):
-        return _cross_entropy(logits_CV, targets_C, scale, cap, factor)
+        return _cross_entropy_by_operators(logits_CV, targets_C, scale, cap, factor)
     losses_C = torch.empty(len(logits_CV), dtype=torch.float32)
     kernel = native.cross_entropy_bf16 if logits_CV.dtype == torch.bfloat16 else native.cross_entropy_f32
     targets_C = targets_C.contiguous()
@@ -175,7 +268,7 @@ def _native_cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, ca
     return losses_C
 
 
-def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:
+def _cross_entropy_by_operators(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:
     """The same by PyTorch's operators."""
     bent_CV = torch.tanh(logits_CV.float() * (scale / cap)) if cap else None
     finished_CV = logits_CV.float() * scale if bent_CV is None else bent_CV * cap
@@ -190,7 +283,7 @@ def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: floa
     return losses_C
 
 
-def _native_add(total: Tensor, part: Tensor) -> None:
+def _add(total: Tensor, part: Tensor) -> None:
     """total += part, a float32 and a bfloat16 tensor of one shape, without a copy of `part` in float32."""
     native = library() if total.is_cpu and part.dtype == torch.bfloat16 else None
     if native is None:
@@ -200,9 +293,10 @@ def _native_add(total: Tensor, part: Tensor) -> None:
     native.add_bf16(total.data_ptr(), part.data_ptr(), total.numel(), torch.get_num_threads())
 
 
-cross_entropy_ = operator(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale, float cap, float factor) -> Tensor",
-    _native_cross_entropy,
-    lambda logits, targets, scale, cap, factor: logits.new_empty(len(logits), dtype=torch.float32),
+linear_cross_entropy_ = operator(
+    "linear_cross_entropy_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!) workspace, "
+    "Tensor(b!)? to_hidden, Tensor(c!)? to_weight, Tensor(d!)? to_bias, float scale, float cap, float factor) -> Tensor",
+    _chunks,
+    lambda hidden, *_: hidden.new_empty((), dtype=torch.float32),
 )
-add_ = operator("add_(Tensor(a!) total, Tensor part) -> ()", _native_add, lambda total, part: None)
+"""One operator for all chunks, so that what a trace sees does not depend on their number."""

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.model import dissect, skeleton
 from sartor.parallel import Layout
 from sartor.plan.setting import Setting, largest_steps
@@ -79,11 +80,16 @@ class Estimator:
         if several:  # FSDP2 gathers weights in the format of the arithmetic
             compute = precision.weights if precision.compute == "as-stored" else precision.compute
             precision = Precision(mode=precision.mode, weights=compute, trained=compute, compute="as-stored")
+        packing = setting.packing
+        if attention == SEGMENTS:
+            # It has as many operators as a micro-batch has examples. PyTorch's own causal attention stands for it, which keeps
+            # and computes about as much where no mask tells examples apart.
+            attention, packing = None, False
         traces = [
             trace_job(
                 setting.job,
                 setting.source,
-                [blank_batch(dataclasses.replace(shape, rows=rows), packing=setting.packing)],
+                [blank_batch(dataclasses.replace(shape, rows=rows), packing=packing)],
                 Target.of(setting.machine.device),
                 precision=precision,
                 recompute=recompute,

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sartor.kernels.loss import Extent
 from sartor.predict.operations import Operations
 
 MOST_MODULES = 12
@@ -48,6 +49,8 @@ class Ledger:
 
     events: list[Event] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
+    workspaces: dict[int, Extent] = field(default_factory=dict)
+    """Storages whose size is no straight line in the rows of a micro-batch, and what it follows from."""
     operations: Operations = field(default_factory=Operations)
     """What the step computes; `events` are what it allocates."""
 

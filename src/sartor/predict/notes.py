@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.kernels.loss import linear_cross_entropy_
+from sartor.predict.fused import head_and_loss
 from sartor.predict.operations import VIEW, Operation, Operations, Segment
 from sartor.predict.operators import describe, describe_one, is_collective, tensors_of
 
 _NO_TASK = -1
+_NORMS = ("_foreach_norm", "gradient_norm")
+"""Over lists, and write nothing of their operands' size."""
 
 
 class Notebook:
@@ -21,7 +25,7 @@ class Notebook:
 
     def __init__(self) -> None:
         self.operations = Operations()
-        self._places: dict[Any, int | None] = {}
+        self._places: dict[Any, tuple[int, ...]] = {}
         self._phase = self._kind = ""
         self._unit = self._micro_batch = 0
         self._counts: Counter[int] = Counter()
@@ -32,22 +36,22 @@ class Notebook:
         """The operator ran once on these operands."""
         if is_collective(func):  # its group is an object made for the call, which tells no calls apart
             operation = describe(func, args, kwargs, result)
-            place = self._places.setdefault(operation, len(self.operations.table))
-            if place == len(self.operations.table):
-                self._add(operation)
+            if operation not in self._places:
+                self._places[operation] = self._add(operation)
+            places = self._places[operation]
         else:
             key = (func, *map(_key, args), *map(_key, kwargs.values())) if kwargs else (func, *map(_key, args))
             if key not in self._places:
-                self._places[key] = self._add(describe(func, args, kwargs, result))
-            place = self._places[key]
-        if place is not None:
+                parts = head_and_loss(args) if func is linear_cross_entropy_ else [describe(func, args, kwargs, result)]
+                self._places[key] = self._add(*parts)
+            places = self._places[key]
+        for place in places:
             self._count(place, phase, _kind_of(phase), unit)
 
     def note_view(self, *, phase: str, unit: int) -> None:
         """A view was made."""
         if self._view is None:
-            self._view = self._add(VIEW)
-        assert self._view is not None, "a view is an operation"
+            (self._view,) = self._add(VIEW)
         kind = _kind_of(phase)
         if kind == self._kind or kind != "forward":  # after a backward pass the loss is detached: no new micro-batch
             self._count(self._view, phase, kind, unit)
@@ -64,12 +68,11 @@ class Notebook:
         changed = {id(tensor) for tensor in tensors_of(writes)}
         for at, unit in enumerate(units):
             tensors = [value[at] for value in lists if isinstance(value[at], Tensor)]
-            written = [tensor for tensor in tensors if id(tensor) in changed] or tensors[:1]
+            written = [tensor for tensor in tensors if id(tensor) in changed] or ([] if name in _NORMS else tensors[:1])
             key = (func, *map(_key, tensors))
             if key not in self._places:
                 self._places[key] = self._add(describe_one(name, tensors, written=written))
-            place = self._places[key]
-            if place is not None:
+            for place in self._places[key]:
                 self._count(place, phase, _kind_of(phase), unit)
 
     def repeat(self, phase: str, name: str) -> None:
@@ -78,11 +81,11 @@ class Notebook:
         segments += [dataclasses.replace(part, phase=name) for part in segments if part.phase == phase]
         self._phase = ""
 
-    def _add(self, operation: Operation | None) -> int | None:
-        if operation is None:
-            return None
-        self.operations.table.append(operation)
-        return len(self.operations.table) - 1
+    def _add(self, *operations: Operation | None) -> tuple[int, ...]:
+        """Their places in the table."""
+        made = [operation for operation in operations if operation is not None]
+        self.operations.table += made
+        return tuple(range(len(self.operations.table) - len(made), len(self.operations.table)))
 
     def _count(self, place: int, phase: str, kind: str, unit: int) -> None:
         if phase != self._phase or kind != self._kind or unit != self._unit:

@@ -46,7 +46,7 @@ _NAMES = {
         gelu_backward pow erf softplus softplus_backward mish mish_backward hardswish elu""",
     "softmax": "_softmax _safe_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp logaddexp",
     "reduction": """sum mean max min amax amin any all argmax prod var std var_mean linalg_vector_norm norm cumsum topk sort
-        nll_loss_forward count_nonzero _foreach_norm""",
+        nll_loss_forward count_nonzero _foreach_norm gradient_norm""",
     "norm": """native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm
         _fused_rms_norm_backward native_batch_norm native_batch_norm_backward""",
     "copy": """clone copy _to_copy cat stack chunk_cat split_with_sizes_copy all_gather_copy_in contiguous roll flip repeat
@@ -57,7 +57,7 @@ _NAMES = {
         scatter_add slice_backward select_backward masked_fill nonzero index_copy take_along_dim slice_scatter select_scatter
         bincount histc""",
     "random": "native_dropout native_dropout_backward bernoulli rand rand_like randn uniform normal randint",
-    "optimizer": "_fused_adamw _fused_adam _fused_sgd _fused_adagrad",
+    "optimizer": "_fused_adamw _fused_adam _fused_sgd _fused_adagrad adamw",
 }
 _FAMILY_OF = {name: family for family, names in _NAMES.items() for name in names.split()}
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import TypeVar
 
 from sartor.model.regions import EDGE, Reduction, Region
 from sartor.predict.ledger import Event, Ledger
 
+T = TypeVar("T")
 UNIT = Event._fields.index("unit")
 
 
@@ -59,7 +61,8 @@ def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
             numbers = _order(runs, place, home)
         for number in numbers:
             whole.events += names.rename(run, home, number)
-    whole.kinds = dict(names.rename_kinds(ledger.kinds))
+    whole.kinds = dict(names.renamed(ledger.kinds))
+    whole.workspaces = dict(names.renamed(ledger.workspaces))
     return whole
 
 
@@ -92,17 +95,18 @@ class _Names:
         names = {storage: self._number(storage, run.tag, region, number) for storage in run.storages}
         return [Event(names[storage], size, phase, module, unit) for storage, size, phase, module, unit in run.events]
 
-    def rename_kinds(self, kinds: dict[int, str]) -> Iterator[tuple[int, str]]:
-        for storage, kind in kinds.items():
+    def renamed(self, known: dict[int, T]) -> Iterator[tuple[int, T]]:
+        """What is known of storages, of those of the whole ledger."""
+        for storage, what in known.items():
             tag = self.owner[storage]
             region = self._region_of.get(tag)
             if region is None:
-                yield storage, kind
+                yield storage, what
                 continue
             first = region.number(tag)
             copies = region.copies if tag == region.template else 1
             for number in range(first, first + copies):
-                yield self._name(region, number, storage), kind
+                yield self._name(region, number, storage), what
 
     def _number(self, storage: int, tag: int, region: Region | None, number: int) -> int:
         owner = self.owner[storage]

@@ -1,7 +1,8 @@
 """A step at any number of rows, from traces at two: enough to rank strategies before the best one is traced itself.
 
-What a tensor takes is linear in the rows of a micro-batch, and so is what an operator computes; two traces say how. A second
-micro-batch is like the first one, beside gradients that are there already.
+What a tensor takes is linear in the rows of a micro-batch, and so is what an operator computes; two traces say how. Workspaces
+that are not linear say themselves how large they are (`Ledger.workspaces`). A second micro-batch is like the first one, beside
+gradients that are there already.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sartor.kernels.loss import Extent
 from sartor.predict.ledger import Event, Ledger
 from sartor.predict.operations import Operation, Operations
 from sartor.predict.shapes import NotComparable, settled
@@ -38,11 +40,23 @@ class Sketch:
         self._last_E = np.array([event.phase in last for event in events[0]])
         passes = np.array([event.phase.endswith("backward") for event in events[0]])
         self._passes_L = passes[self._last_E]
+        self._signs_E = np.sign(low_E)
+        self._workspaces = self._found(traces, events[0])
         self._kinds_E = np.array([traces[0].kinds.get(event.storage, "activations") for event in events[0]])
         low, high = (ledger.operations.step() for ledger in traces)
         if [o.name for o in low.table] != [o.name for o in high.table] or len(low.segments) != len(high.segments):
             raise NotComparable("what is computed depends on the number of rows")
         self._operations = low, high
+
+    def _found(self, traces: Sequence[Ledger], events: Sequence[Event]) -> list[tuple[Extent, Extent, np.ndarray]]:
+        """Every workspace's extents in both traces, and where it lives in the last step. It is taken out of what is linear."""
+        found = []
+        storages_E = np.array([event.storage for event in events])
+        for storage, low in traces[0].workspaces.items():
+            mask_E = storages_E == storage
+            self._per_row_E[mask_E] = self._fixed_E[mask_E] = 0
+            found.append((low, traces[1].workspaces[storage], np.where(mask_E, self._signs_E, 0).cumsum()[self._last_E]))
+        return found
 
     @cached_property
     def _curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -61,6 +75,10 @@ class Sketch:
         """Bytes of a kind after every event of a step."""
         fixed_L, per_row_L = self._curves[kind]
         live_L: np.ndarray = fixed_L + rows * per_row_L
+        if kind == "activations":
+            for low, high, alive_L in self._workspaces:
+                extent = dataclasses.replace(low, rows=max(_at(low.rows, high.rows, rows), 0))
+                live_L = live_L + extent.workspace_bytes * alive_L
         return live_L
 
     def activation_peaks(self, rows: int) -> tuple[int, int]:
@@ -90,9 +108,11 @@ def _story(events: Sequence[Event]) -> list[tuple[int, str, bool]]:
 
 
 def _between(low: Operation, high: Operation, rows: float) -> Operation:
-    def at(one: int, other: int) -> int:
-        return max(one + round((other - one) * (rows - ROWS[0]) / (ROWS[1] - ROWS[0])), 0)
-
-    changed: dict[str, Any] = {name: at(getattr(low, name), getattr(high, name)) for name in _LINEAR}
-    sizes = tuple(at(one, other) for one, other in zip(low.sizes, high.sizes, strict=True))
+    changed: dict[str, Any] = {name: max(_at(getattr(low, name), getattr(high, name), rows), 0) for name in _LINEAR}
+    sizes = tuple(max(_at(one, other, rows), 0) for one, other in zip(low.sizes, high.sizes, strict=True))
     return dataclasses.replace(low, **changed, sizes=sizes)
+
+
+def _at(low: int, high: int, rows: float) -> int:
+    """On the line through what there is at `ROWS`."""
+    return low + round((high - low) * (rows - ROWS[0]) / (ROWS[1] - ROWS[0]))

@@ -13,7 +13,9 @@ from torch._guards import active_fake_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sartor.kernels.loss import linear_cross_entropy_
 from sartor.model.regions import Reduction
+from sartor.predict.fused import extent_of
 from sartor.predict.in_place import adds_up_in_place, lone_holders
 from sartor.predict.ledger import Event, Ledger
 from sartor.predict.notes import Notebook
@@ -79,6 +81,8 @@ class StorageTracker(TorchDispatchMode):
             self._note(func, args, kwargs or {}, result)
         if scratch:
             self._note_scratch(scratch)
+        if func is linear_cross_entropy_:
+            self.ledger.workspaces[self.see(args[4])] = extent_of(args)
         return result
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -162,8 +166,9 @@ class StorageTracker(TorchDispatchMode):
             if event.size_bytes >= 0 and event.storage not in copies:
                 copies[event.storage] = alive[event.storage] = self._count
                 self._count += 1
-                if event.storage in self.ledger.kinds:
-                    self.ledger.kinds[copies[event.storage]] = self.ledger.kinds[event.storage]
+                for known in (self.ledger.kinds, self.ledger.workspaces):
+                    if event.storage in known:
+                        known[copies[event.storage]] = known[event.storage]  # type: ignore[assignment]
             if event.storage not in copies:
                 continue  # made before the phase; it can be freed once only
             if event.size_bytes < 0:
