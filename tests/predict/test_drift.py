@@ -42,9 +42,11 @@ def traced(config: str, method: str, recompute: bool, packing: bool, accumulated
     job = from_mapping({"model": config, "data": "none.jsonl", "method": method, "prompt": {"length": 7}})
     precision = Precision.of("bf16-mixed")
     model = skeleton(resolve(job.model), dtype=precision.load_dtype(adapter=traits(job).adapter))
-    model = make_trainable(model, job, precision, recompute=recompute, meta=True)
+    model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=A100.kind)
     batches = [blank_batch(shape, packing=packing)] * accumulated
-    return trace_steps(model, lambda fake: make_step(fake, job, precision, device_kind="cpu"), batches, target=A100)
+    return trace_steps(
+        model, lambda fake: make_step(fake, job, precision, device_kind="cpu", kind=A100.kind), batches, target=A100
+    )
 
 
 def family(config: str, method: str = "lora", *, recompute: bool = False, packing: bool = False, accumulated: int = 1) -> Family:

@@ -207,6 +207,11 @@ class StrategyJob:
         "attention kernel, by transformers' name; segments (ours, for CPUs: every example of a row by itself). `auto`: on a CPU "
         "segments where the model can, else sdpa",
     )
+    fused: bool = option(
+        True,
+        "on a CPU with a C++ compiler: norms, rotary positions and gates of models whose code is known run in compiled loops, "
+        "one pass over memory each",
+    )
     expandable_segments: Literal["auto"] | bool = option(
         "auto",
         "let the segments of PyTorch's CUDA allocator grow, so that varying lengths do not fragment it; `auto`: yes, unless "

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.fused import causal_softmax_, softmax_backward_
+
 NAME = "segments"
 """Under which transformers knows this attention."""
 
@@ -303,21 +305,11 @@ def _blocks(q_BMLD: Tensor, window: int) -> Iterator[tuple[slice, slice, slice]]
             yield slice(start, start + together), slice(first, last), keys
 
 
-def _hidden(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
-    """Which keys a query does not see, Q K: those behind it and those before its window."""
-    shape = (queries.stop - queries.start, keys.stop - keys.start)
-    offset = queries.start - keys.start
-    hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu_(offset + 1)
-    if window:
-        hidden |= torch.ones(shape, dtype=torch.bool, device=like.device).tril_(offset - window)
-    return hidden
-
-
-def _probabilities(q_BXD: Tensor, k_BKD: Tensor, hidden_QK: Tensor, scale: float) -> Tensor:
+def _probabilities(q_BXD: Tensor, k_BKD: Tensor, queries: slice, keys: slice, window: int, scale: float) -> Tensor:
     """Softmax of the scores that are seen, B X K; X runs over heads that share keys, then queries."""
     scores = _product(q_BXD, k_BKD.transpose(1, 2), scale)
-    scores.unflatten(1, (-1, hidden_QK.shape[0])).masked_fill_(hidden_QK, float("-inf"))
-    return torch.softmax(scores, -1)
+    causal_softmax_(scores, queries.stop - queries.start, queries.start - keys.start, window)
+    return scores
 
 
 def _product(one: Tensor, other: Tensor, scale: float) -> Tensor:
@@ -335,8 +327,7 @@ def _forward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, scale: float, windo
     q, k, v = _shared(q_NHLD, groups), k_NGLD.flatten(0, 1), v_NGLE.flatten(0, 1)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     for batch, queries, keys in _blocks(q, window):
-        hidden = _hidden(queries, keys, window, q)
-        p = _probabilities(q[batch, :, queries].flatten(1, 2), k[batch, keys], hidden, scale)
+        p = _probabilities(q[batch, :, queries].flatten(1, 2), k[batch, keys], queries, keys, window, scale)
         _put_product(out[batch, :, queries], p, v[batch, keys])
     return out.view(examples, -1, *out.shape[2:])
 
@@ -350,11 +341,10 @@ def _backward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, g_NHLE: Tensor, sc
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(part, dtype=torch.float32) if several else torch.empty_like(part) for part in (k, v))
     for batch, queries, keys in _blocks(q, window):
-        hidden = _hidden(queries, keys, window, q)
         some_q, some_g = q[batch, :, queries].flatten(1, 2), g[batch, :, queries].flatten(1, 2)
-        p = _probabilities(some_q, k[batch, keys], hidden, scale)
-        dp = torch.bmm(some_g, v[batch, keys].transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        p = _probabilities(some_q, k[batch, keys], queries, keys, window, scale)
+        ds = torch.bmm(some_g, v[batch, keys].transpose(1, 2))
+        softmax_backward_(ds, p)
         _put_product(dq[batch, :, queries], ds, k[batch, keys], scale)
         if several:
             dk[batch, keys] += _product(ds.transpose(1, 2), some_q, scale)

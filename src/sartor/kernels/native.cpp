@@ -6,48 +6,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
+
+#include "native.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 16384;  // elements summed at once, whatever the number of threads
-constexpr int64_t LEAST = 65536;  // elements below which threads cost more than they save
-
-using bf16 = uint16_t;
-
-inline float of_bits(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-inline uint32_t bits_of(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
-
-inline float load(const float *at) { return *at; }
-inline float load(const bf16 *at) { return of_bits(uint32_t(*at) << 16); }
-inline void store(float *at, float value) { *at = value; }
-inline void store(bf16 *at, float value) {  // to the nearest, ties to even, as PyTorch does it
-    uint32_t bits = bits_of(value);
-    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    *at = bf16(value != value ? 0x7FC0 : rounded);
-}
-
-#ifdef FP_FAST_FMAF
-inline float plus(float factor, float x, float more) { return fmaf(factor, x, more); }
-#else
-inline float plus(float factor, float x, float more) { return factor * x + more; }
-#endif
-
-// e^x for x <= 0, within 2 units in the last place (the polynomial of Cephes' expf). NaN stays NaN.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = plus(n, 2.12194440e-4f, plus(n, -0.693359375f, x));
-    float p = plus(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = plus(p, r, 8.3334519073e-3f);
-    p = plus(p, r, 4.1665795894e-2f);
-    p = plus(p, r, 1.6666665459e-1f);
-    p = plus(p, r, 5.0000001201e-1f);
-    p = plus(p * r, r, r) + 1.0f;
-    return p * of_bits(uint32_t(int32_t(n) + 127) << 23);
-}
 
 inline float hyperbolic_tangent(float x) {
     float e = exponential(-2.0f * fabsf(x));

@@ -1,4 +1,5 @@
-"""`native.cpp`, compiled on the machine that runs it: with this machine's instructions, once, in less than a second.
+"""`native.cpp` and `fused.cpp`, compiled on the machine that runs it: with this machine's instructions, once, in about a
+second.
 
 Without a C++ compiler the callers take their way through PyTorch's operators; `missing` says so.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
 
 _COMMON = (
     "-std=c++17",
@@ -45,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     place = _folder()
     if compiler is None or place is None:
         return None
-    parts = (SOURCE.read_bytes(), compiler.encode(), _processor())
+    parts = (*(file.read_bytes() for file in (HEADER, *SOURCES)), compiler.encode(), _processor())
     file = place / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     try:
         if not file.exists() and not _compile(compiler, file):
@@ -97,7 +98,7 @@ def _compile(compiler: str, file: Path) -> bool:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / "native.so"
         for more in _CHOICES:
-            command = [compiler, *_COMMON, *more, "-o", str(made), str(SOURCE)]
+            command = [compiler, *_COMMON, *more, "-o", str(made), *map(str, SOURCES)]
             with contextlib.suppress(subprocess.SubprocessError):
                 if subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False).returncode == 0:
                     made.replace(file)
@@ -130,6 +131,13 @@ def _declare(loaded: ctypes.CDLL) -> None:
         _set(loaded, f"cross_entropy_{kind}", (at, many, many, at, at, real, real, real, flag), flag)
         _set(loaded, f"squares_{kind}", (at, many, at, flag))
         _set(loaded, f"adamw_{kind}", (at, at, at, at, at, many, ctypes.POINTER(Rates), flag))
+        _set(loaded, f"rms_norm_{kind}", (at, at, at, at, many, many, real, real, flag))
+        _set(loaded, f"rms_norm_backward_{kind}", (at, at, at, at, at, at, many, many, real, flag), flag)
+        _set(loaded, f"silu_mul_{kind}", (at, at, at, many, flag))
+        _set(loaded, f"silu_mul_backward_{kind}", (at, at, at, at, at, many, flag))
+        _set(loaded, f"rotate_{kind}", (at, at, at, at, many, many, many, many, many, flag, flag))
+        _set(loaded, f"causal_softmax_{kind}", (at, many, many, many, many, many, flag), flag)
+        _set(loaded, f"softmax_backward_{kind}", (at, at, many, many, flag))
     _set(loaded, "add_bf16", (at, at, many, flag))
     _set(loaded, "block", (), many)
 

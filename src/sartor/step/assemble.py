@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sartor.job.schema import Job
+from sartor.kernels.fuse import fuse
 from sartor.methods import apply, trained_parameters
 from sartor.step.optim import make_optimizer
 from sartor.step.precision import Precision
@@ -38,6 +39,8 @@ def make_step(
     """The optimizer step of a trainable model. `reduce_once`: a sharded model's gradients, after the last micro-batch only.
     `kind`: of the device that a traced model stands for."""
     parameters = trained_parameters(model)
+    if job.strategy.fused and (kind or device_kind) == "cpu":
+        fuse(model)
     return TrainStep(
         model,
         parameters,

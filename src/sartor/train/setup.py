@@ -96,7 +96,7 @@ def _say_what_is_slow(step: TrainStep, device: str, say: Callable[[str], None]) 
     if step.loss.apart:
         say(f"head and loss are computed one after the other: {step.loss.apart}")
     if why := missing():
-        say(f"loss and optimizer run on PyTorch's operators, slower than compiled: {why}")
+        say(f"loss, optimizer and element-wise work run on PyTorch's operators, slower than compiled: {why}")
 
 
 def _packs(plan: Plan, model: nn.Module, vocab_size: int, say: Callable[[str], None]) -> bool:

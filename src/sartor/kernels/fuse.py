@@ -1,0 +1,172 @@
+"""Put the compiled loops of `fused.py` into a model: modules whose code is known, line by line, compute the same in fewer passes.
+
+A module takes part if the source of its `forward` is one of those below, names of classes and what it says in annotations and
+docstrings apart. transformers repeats them in most decoders; a model that computes anything else is left as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
+from sartor.kernels.native import library
+
+_NORM = """
+def forward(self, hidden_states):
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
+"""
+_OFFSET_NORM = """
+def forward(self, x):
+    output = self._norm(x.float())
+    output = output * (1.0 + self.weight.float())
+    return output.type_as(x)
+"""
+_OFFSET_NORM_PART = """
+def _norm(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+"""
+_MLP = """
+def forward(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+"""
+_ROTATE_HALF = """
+def rotate_half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+"""
+_ROTARY = """
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
+"""
+_ROTARY_NAME = "apply_rotary_pos_emb"
+
+
+def fuse(model: nn.Module) -> dict[str, int]:
+    """Let the modules of `model` that are known use the compiled loops; how many of which part do. None without a
+    compiler, and where devices share the weights."""
+    if library() is None or _distributed(model):
+        return {}
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        for part, forward_of in (("norms", _norm_of), ("gates", _mlp_of), ("rotary positions", _attention_of)):
+            forward = forward_of(module)
+            if forward is not None:
+                module.forward = forward
+                found[part] += 1
+    return dict(found)
+
+
+def _distributed(model: nn.Module) -> bool:
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and any(isinstance(parameter, loaded.DTensor) for parameter in model.parameters())
+
+
+def _norm_of(module: Any) -> Callable[..., Tensor] | None:
+    kind = type(module)
+    if _is(kind.forward, _NORM):
+        return functools.partial(_run_norm, module, module.variance_epsilon, 0.0)
+    if _is(kind.forward, _OFFSET_NORM) and _is(getattr(kind, "_norm", None), _OFFSET_NORM_PART):
+        return functools.partial(_run_norm, module, module.eps, 1.0)
+    return None
+
+
+def _run_norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    if suited(x, module.weight):
+        return rms_norm(x, module.weight, epsilon=epsilon, offset=offset)
+    usual: Tensor = type(module).forward(module, x)
+    return usual
+
+
+def _mlp_of(module: Any) -> Callable[..., Tensor] | None:
+    if not _is(type(module).forward, _MLP) or not isinstance(module.act_fn, nn.SiLU | _silu()):
+        return None
+    return functools.partial(_run_mlp, module)
+
+
+def _run_mlp(module: Any, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    inner = silu_mul(gate, up) if suited(gate, up) else module.act_fn(gate) * up
+    result: Tensor = module.down_proj(inner)
+    return result
+
+
+def _silu() -> type[nn.Module]:
+    from transformers.activations import SiLUActivation
+
+    kind: type[nn.Module] = SiLUActivation
+    return kind
+
+
+def _attention_of(module: nn.Module) -> Callable[..., Any] | None:
+    forward = _with_rotary(type(module).forward)
+    return None if forward is None else types.MethodType(forward, module)
+
+
+@functools.cache
+def _with_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`forward` with the name `apply_rotary_pos_emb` bound to ours; None where it means something else."""
+    if not isinstance(forward, types.FunctionType) or _ROTARY_NAME not in forward.__code__.co_names:
+        return None
+    names = forward.__globals__
+    usual: Any = names.get(_ROTARY_NAME)
+    if not _is(usual, _ROTARY) or not _is(usual.__globals__.get("rotate_half"), _ROTATE_HALF):
+        return None
+
+    def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        alike = cos.ndim == 3 and cos.shape[-1] == q.shape[-1] and cos.shape[-1] % 2 == 0 and cos.shape == sin.shape
+        if unsqueeze_dim == 1 and alike and len(cos) in (1, len(q)) and suited(q, k, cos, sin):
+            return rotary(q, k, cos, sin)
+        turned: tuple[Tensor, Tensor] = usual(q, k, cos, sin, unsqueeze_dim)
+        return turned
+
+    bound = types.FunctionType(
+        forward.__code__, {**names, _ROTARY_NAME: ours}, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    bound.__kwdefaults__ = forward.__kwdefaults__
+    return functools.update_wrapper(bound, forward)
+
+
+def _is(function: Any, known: str) -> bool:
+    return isinstance(function, types.FunctionType) and _computes(_source(function)) == _computes(known)
+
+
+@functools.cache
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):  # there is none
+        return ""
+
+
+@functools.cache
+def _computes(source: str) -> str:
+    """What a function computes: its syntax tree without name, decorators, annotations and docstring."""
+    try:
+        tree = ast.parse(source).body[0]
+    except (SyntaxError, ValueError, IndexError):
+        return ""
+    if not isinstance(tree, ast.FunctionDef):
+        return ""
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    names = [argument.arg for argument in tree.args.args]
+    return "\n".join([*names, *map(ast.dump, tree.args.defaults), *map(ast.dump, body)])

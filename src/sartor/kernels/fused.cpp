@@ -1,0 +1,217 @@
+// What lies between a block's products, forward and backward in one pass each (fused.py). Arithmetic in float32, results rounded to
+// the tensors' format; where a model rounds in between, so do these.
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "native.h"
+
+namespace {
+
+template <class T>
+inline float rounded(float value);
+template <>
+inline float rounded<float>(float value) { return value; }
+template <>
+inline float rounded<bf16>(float value) {
+    bf16 kept;
+    store(&kept, value);
+    return load(&kept);
+}
+
+// One row of y = w * (x / rms(x)), or with `offset` 1 the models that keep w - 1. Returns 1 / rms.
+template <class T>
+float norm_row(const T *x, const T *w, T *y, int64_t width, float epsilon, float offset) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) sum += load(x + i) * load(x + i);
+    const float r = 1.0f / sqrtf(sum / width + epsilon);
+    if (offset == 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) store(y + i, load(w + i) * rounded<T>(load(x + i) * r));
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) store(y + i, (load(w + i) + offset) * (load(x + i) * r));
+    }
+    return r;
+}
+
+template <class T>
+void norm(const T *x, const T *w, T *y, float *r, int64_t rows, int64_t width, float epsilon, float offset, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
+    for (int64_t n = 0; n < rows; n++) r[n] = norm_row(x + n * width, w, y + n * width, width, epsilon, offset);
+}
+
+// dx, and into `dw` (float32, zeros; nothing where null) the weight's gradient. 1 where there is no memory.
+template <class T>
+int norm_backward(const T *g, const T *x, const T *w, const float *r, T *dx, float *dw, int64_t rows, int64_t width, float offset,
+                  int threads) {
+    // Rows are cut into as many parts whatever the number of threads, so that sums do not depend on it.
+    const int64_t parts = dw == nullptr ? 64 : rows < 8 ? rows : 8;
+    std::unique_ptr<float[]> sums(dw == nullptr ? nullptr : new (std::nothrow) float[parts * width]());
+    if (dw != nullptr && !sums) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t n = rows * part / parts; n < rows * (part + 1) / parts; n++) {
+            const T *gn = g + n * width, *xn = x + n * width;
+            T *dn = dx + n * width;
+            const float rn = r[n];
+            float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t i = 0; i < width; i++) dot += load(gn + i) * (load(w + i) + offset) * load(xn + i);
+            const float pull = dot * rn * rn / width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                store(dn + i, rn * (load(gn + i) * (load(w + i) + offset) - load(xn + i) * pull));
+            if (dw == nullptr) continue;
+            float *sum = sums.get() + part * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) sum[i] += load(gn + i) * (load(xn + i) * rn);
+        }
+    if (dw != nullptr)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t i = 0; i < width; i++) dw[i] += sums[part * width + i];
+    return 0;
+}
+
+inline float sigmoid(float x) {
+    const float e = exponential(-fabsf(x)), s = 1.0f / (1.0f + e);
+    return x < 0.0f ? e * s : s;
+}
+
+template <class T>
+void gated(const T *gate, const T *up, T *y, int64_t count, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t i = 0; i < count; i++) {
+        const float a = load(gate + i);
+        store(y + i, rounded<T>(a * sigmoid(a)) * load(up + i));
+    }
+}
+
+template <class T>
+void gated_backward(const T *g, const T *gate, const T *up, T *dgate, T *dup, int64_t count, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t i = 0; i < count; i++) {
+        const float a = load(gate + i), s = sigmoid(a), b = load(up + i), d = load(g + i);
+        store(dup + i, d * rounded<T>(a * s));
+        store(dgate + i, d * b * (s * (1.0f + a * (1.0f - s))));
+    }
+}
+
+// Pairs (i, i + half) of every head turned by the angle of their position; `back` turns the other way, by the transposed matrix.
+// x and y: rows x positions x heads x size, dense; cosines and sines: (rows or 1) x positions x size.
+template <class T>
+void turn(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_t positions, int64_t heads, int64_t size,
+          int64_t angle_rows, int back, int threads) {
+    const int64_t half = size / 2, count = rows * positions;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count * heads * size > LEAST)
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t angle = angle_rows == 1 ? n % positions : n;
+        const T *c = cosine + angle * size, *s = sine + angle * size;
+        for (int64_t h = 0; h < heads; h++) {
+            const T *from = x + (n * heads + h) * size;
+            T *to = y + (n * heads + h) * size;
+            if (back) {
+#pragma omp simd
+                for (int64_t i = 0; i < half; i++) {
+                    const float a = load(from + i), b = load(from + half + i);
+                    store(to + i, a * load(c + i) + b * load(s + half + i));
+                    store(to + half + i, b * load(c + half + i) - a * load(s + i));
+                }
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < half; i++) {
+                    const float a = load(from + i), b = load(from + half + i);
+                    store(to + i, a * load(c + i) - b * load(s + i));
+                    store(to + half + i, b * load(c + half + i) + a * load(s + half + i));
+                }
+            }
+        }
+    }
+}
+
+// Scores to probabilities in place: softmax over the keys that a query sees, 0 elsewhere. `queries` of them in turn, the first of
+// which sees the keys up to `offset`; with a window the last `window` of those.
+template <class T>
+int causal_softmax(T *scores, int64_t rows, int64_t queries, int64_t keys, int64_t offset, int64_t window, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (parallel : rows * keys > LEAST) reduction(| : failed)
+    {
+        std::unique_ptr<float[]> scratch(new (std::nothrow) float[keys]);
+        float *row = scratch.get();
+        failed |= row == nullptr;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) {
+            if (row == nullptr) continue;
+            T *s = scores + n * keys;
+            const int64_t at = offset + n % queries, end = at + 1 < keys ? at + 1 : keys;
+            const int64_t first = window > 0 && at + 1 > window ? at + 1 - window : 0;
+            float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+            for (int64_t k = first; k < end; k++) {
+                row[k] = load(s + k);
+                top = row[k] > top ? row[k] : top;
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t k = first; k < end; k++) {
+                row[k] = exponential(row[k] - top);
+                sum += row[k];
+            }
+            const float share = 1.0f / sum;
+            for (int64_t k = 0; k < first; k++) store(s + k, 0.0f);
+#pragma omp simd
+            for (int64_t k = first; k < end; k++) store(s + k, row[k] * share);
+            for (int64_t k = end; k < keys; k++) store(s + k, 0.0f);
+        }
+    }
+    return failed;
+}
+
+// Gradients of probabilities to those of scores, in place.
+template <class T>
+void softmax_backward(T *dp, const T *p, int64_t rows, int64_t keys, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * keys > LEAST)
+    for (int64_t n = 0; n < rows; n++) {
+        T *d = dp + n * keys;
+        const T *q = p + n * keys;
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t k = 0; k < keys; k++) dot += load(d + k) * load(q + k);
+#pragma omp simd
+        for (int64_t k = 0; k < keys; k++) store(d + k, load(q + k) * (load(d + k) - dot));
+    }
+}
+
+}  // namespace
+
+#define KINDS(T, KIND)                                                                                                          \
+    void rms_norm_##KIND(const T *x, const T *w, T *y, float *r, int64_t rows, int64_t width, float epsilon, float offset,      \
+                         int threads) {                                                                                         \
+        norm(x, w, y, r, rows, width, epsilon, offset, threads);                                                                \
+    }                                                                                                                           \
+    int rms_norm_backward_##KIND(const T *g, const T *x, const T *w, const float *r, T *dx, float *dw, int64_t rows,            \
+                                 int64_t width, float offset, int threads) {                                                    \
+        return norm_backward(g, x, w, r, dx, dw, rows, width, offset, threads);                                                 \
+    }                                                                                                                           \
+    void silu_mul_##KIND(const T *gate, const T *up, T *y, int64_t count, int threads) { gated(gate, up, y, count, threads); }  \
+    void silu_mul_backward_##KIND(const T *g, const T *gate, const T *up, T *dgate, T *dup, int64_t count, int threads) {       \
+        gated_backward(g, gate, up, dgate, dup, count, threads);                                                                \
+    }                                                                                                                           \
+    void rotate_##KIND(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_t positions, int64_t heads,        \
+                       int64_t size, int64_t angle_rows, int back, int threads) {                                               \
+        turn(x, y, cosine, sine, rows, positions, heads, size, angle_rows, back, threads);                                      \
+    }                                                                                                                           \
+    int causal_softmax_##KIND(T *scores, int64_t rows, int64_t queries, int64_t keys, int64_t offset, int64_t window,           \
+                              int threads) {                                                                                    \
+        return causal_softmax(scores, rows, queries, keys, offset, window, threads);                                            \
+    }                                                                                                                           \
+    void softmax_backward_##KIND(T *dp, const T *p, int64_t rows, int64_t keys, int threads) {                                  \
+        softmax_backward(dp, p, rows, keys, threads);                                                                           \
+    }
+
+extern "C" {
+KINDS(bf16, bf16)
+KINDS(float, f32)
+}
