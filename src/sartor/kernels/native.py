@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from sartor.folders import cache_folder
+
 HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
 
 _COMMON = (
@@ -74,12 +76,13 @@ def _compiler() -> str | None:
 
 
 def _folder() -> Path | None:
-    """$SARTOR_CACHE, else sartor in $XDG_CACHE_HOME or ~/.cache; None where nothing can be written there."""
+    """None where nothing can be written."""
+    place = cache_folder("kernels")
+    if place is None:
+        return None
     try:
-        own = os.environ.get("SARTOR_CACHE")
-        place = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sartor").expanduser() / "kernels"
         place.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+    except OSError:
         return None
     return place
 
