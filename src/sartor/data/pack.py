@@ -63,9 +63,18 @@ def micro_batches(rows: list[list[int]], micro_batch: int, *, joined: bool = Fal
     return [[[index for row in group for index in row]] for group in groups] if joined else groups
 
 
+def rounded(width: int) -> int:
+    """Up to one of 32 widths in each octave: at most 3 % more. Matrix products are compiled for their sizes on a CPU, and memory
+    is used again for the same sizes; widths that never come again would make both anew."""
+    step = max(1 << max(width.bit_length() - 6, 0), 1)
+    return -(-width // step) * step
+
+
 def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: bool) -> Batch:
-    """The arrays of one micro-batch, padded on the right to its longest row."""
+    """The arrays of one micro-batch, padded on the right to its longest row; a single packed row to one of few widths."""
     width = max(sum(int(samples.lengths[index]) for index in row) for row in rows)
+    if packing and len(rows) == 1:
+        width = rounded(width)
     input_ids_RT = np.full((len(rows), width), pad_id, dtype=np.int64)
     targets_RT = np.full((len(rows), width), IGNORE, dtype=np.int64)
     position_ids_RT = np.zeros((len(rows), width), dtype=np.int64)

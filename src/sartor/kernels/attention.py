@@ -32,11 +32,13 @@ BLOCK_QUERIES = 128
 """Queries of a block of a long example: what lies above the diagonal is computed for the last block of keys only."""
 
 GROUPED_LENGTH = 64
-"""Examples up to this length are computed several at once, padded to the longest; longer ones fill the cores alone."""
+"""Examples up to this length are computed several at once; longer ones fill the cores alone."""
 
 GROUPED_TOKENS = 1024
-GROUPED_WASTE = 1.125
-"""A group's positions, with padding, to those of its examples: at most."""
+"""Positions of a group at most."""
+
+GRID = 16
+"""Lengths are rounded up to multiples of it, those of long examples to multiples of twice as much."""
 
 
 class Unsuited(ValueError):
@@ -50,10 +52,10 @@ class _Group:
     where: tuple[tuple[int, int], ...]
     """First position, counted over all rows, and length of each."""
     length: int
-    """Of the longest."""
+    """With padding."""
     index: Tensor | None
     """Of every position of every example, its number among those of all rows, one past their end for padding; None for a single
-    example."""
+    example without."""
     padding: Tensor | None
     """Where padding is, examples x L; None where there is none."""
 
@@ -73,7 +75,7 @@ class Segments:
                 where.append((first, length))
                 first += length
         self.padded = sum(length for _, length in where) < self.rows * width
-        self.groups = tuple(_group(members, self.rows * width, device) for members in _alike(where))
+        self.groups = tuple(_group(length, members, self.rows * width, device) for length, members in _alike(where))
 
     def windowed(self, window: int) -> Segments:
         """The same for layers whose positions see the last `window` ones only, themselves included."""
@@ -82,25 +84,23 @@ class Segments:
         return other
 
 
-def _alike(where: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Examples that are computed together: short ones of similar length."""
-    members: list[tuple[int, int]] = []
-    real = 0
+def _alike(where: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Lengths, and the examples that are computed together at this length. Lengths are few and counts are powers of two: what
+    PyTorch compiles for a product in bfloat16 is for its sizes alone, and takes milliseconds and the better part of a MiB."""
+    by_length: dict[int, list[tuple[int, int]]] = {}
     for entry in sorted(where, key=lambda entry: -entry[1]):
-        longest = members[0][1] if members else 0
-        padded = (len(members) + 1) * longest
-        if members and (longest > GROUPED_LENGTH or padded > min(GROUPED_TOKENS, GROUPED_WASTE * (real + entry[1]))):
-            yield members
-            members, real = [], 0
-        members.append(entry)
-        real += entry[1]
-    if members:
-        yield members
+        step = GRID if entry[1] <= GROUPED_LENGTH else 2 * GRID
+        by_length.setdefault(-(-entry[1] // step) * step, []).append(entry)
+    for length, members in by_length.items():
+        most = GROUPED_TOKENS // length if length <= GROUPED_LENGTH else 1
+        while members:
+            size = 1 << (min(len(members), most).bit_length() - 1)
+            yield length, members[:size]
+            members = members[size:]
 
 
-def _group(where: Sequence[tuple[int, int]], end: int, device: str | torch.device) -> _Group:
-    length = max(own for _, own in where)
-    if len(where) == 1:
+def _group(length: int, where: Sequence[tuple[int, int]], end: int, device: str | torch.device) -> _Group:
+    if len(where) == 1 and where[0][1] == length:
         return _Group(where=tuple(where), length=length, index=None, padding=None)
     numbers = [first + t if t < own else end for first, own in where for t in range(length)]
     padding = None

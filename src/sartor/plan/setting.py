@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sartor.data import DataSets, TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, collate, fill_rows, micro_batches
+from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded
 from sartor.job import Job
 from sartor.machine import Machine
 from sartor.methods import MethodTraits
@@ -69,7 +69,8 @@ def largest_steps(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> L
         first = later
     made = _collated(samples, first, strategy)
     then = made if first is later else _collated(samples, later, strategy)
-    return LargestSteps(first=made, later=then, steps=order.total_steps)
+    widths = len({_width(samples, group) for groups in steps for group in groups})
+    return LargestSteps(first=made, later=then, steps=order.total_steps, widths=widths)
 
 
 def _collated(samples: TokenSet, groups: Sequence[_Group], strategy: Strategy) -> list[Batch]:
@@ -103,7 +104,11 @@ def _largest(samples: TokenSet, groups: Sequence[_Group]) -> _Group:
     return max(groups, key=lambda group: _size(samples, group))
 
 
+def _width(samples: TokenSet, group: _Group) -> int:
+    width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
+    return rounded(width) if len(group) == 1 and len(group[0]) > 1 else width
+
+
 def _size(samples: TokenSet, group: _Group) -> tuple[int, int]:
     """Positions of a micro-batch; of equals, that with more targets is the larger."""
-    width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
-    return len(group) * width, sum(int(samples.trained_counts[index]) for row in group for index in row)
+    return len(group) * _width(samples, group), sum(int(samples.trained_counts[index]) for row in group for index in row)

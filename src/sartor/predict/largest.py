@@ -19,6 +19,8 @@ class LargestSteps:
     """Of one that is as large as any that finds it; empty where there is none."""
     steps: int
     """How many steps the run has."""
+    widths: int = 1
+    """How many different widths its micro-batches have."""
 
     @classmethod
     def alike(cls, batches: Sequence[Batch], *, steps: int = 1000) -> Self:

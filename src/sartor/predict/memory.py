@@ -15,6 +15,7 @@ from sartor.job.schema import Job
 from sartor.machine import Machine
 from sartor.machine.heap import has_glibc
 from sartor.machine.memory import resident_bytes
+from sartor.machine.products import products_bytes
 from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
 from sartor.parallel import Layout
@@ -180,6 +181,10 @@ def _forecast(
     if not ledgers:
         seconds = time.perf_counter() - start
         return MemoryForecast(**NOTHING, **surroundings.known, verdict="cannot say", reason=reason, trace_seconds=seconds)
+    if target.kind == "cpu":
+        surroundings = dataclasses.replace(
+            surroundings, baseline_bytes=surroundings.baseline_bytes + _products_bytes(ledgers[0][1], work.widths)
+        )
     ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments, work.steps) for rank, ledger in ledgers]
     fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
@@ -250,6 +255,16 @@ def _of_rank(
         trace_seconds=0.0,
         timeline=make_timeline(ledger, held=held),
     )
+
+
+def _products_bytes(ledger: Ledger, widths: int) -> int:
+    """Of the code that products in bfloat16 are compiled to, anew for each width of the batch."""
+    products = {
+        (operation.name, operation.sizes)
+        for operation in ledger.operations.table
+        if operation.family == "matmul" and operation.dtype == "bfloat16"
+    }
+    return products_bytes(widths * len(products))
 
 
 def _host_bytes(job: Job, source: ModelSource, precision: Precision) -> int | None:

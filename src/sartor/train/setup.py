@@ -21,6 +21,7 @@ from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.kernels.native import missing
 from sartor.machine.heap import keep_freed_memory
+from sartor.machine.products import keep_few_products
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
@@ -63,8 +64,10 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     torch.set_num_threads(strategy.threads)
     if torch.device(strategy.device).type == "cuda":
         set_expandable_segments(strategy.expandable_segments)
-    elif keep_freed_memory():
-        say("malloc keeps freed memory for the next step")
+    else:
+        keep_few_products()
+        if keep_freed_memory():
+            say("malloc keeps freed memory for the next step")
     tokenizer = load_tokenizer(job.model)
     assert job.data.max_length is not None, "a plan's job is resolved"
     source = resolve(job.model)
