@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from sartor.machine.heap import TRIM_THRESHOLD, mmap_threshold
-from sartor.predict.heap import COMPANIONS, HEADERS, HeapConfig, Malloc, forecast_heap, repeat_last_step, replay_heap
+from sartor.predict.heap import COMPANIONS, HEADERS, PER_NODE, HeapConfig, Malloc, forecast_heap, repeat_last_step, replay_heap
 from sartor.predict.heap_state import _chunks, process_heap
 from sartor.predict.ledger import Event, Ledger
+from sartor.predict.operations import Operations, Segment
+from sartor.predict.tracker import StorageTracker
 
 MIB = 2**20
 
@@ -207,6 +211,31 @@ def test_companions_follow_how_long_a_storage_lives(monkeypatch: pytest.MonkeyPa
         share = 1 if least == 1 else 0.75  # the last hundred do not outlive a hundred others
         lower = 0 if least == 1 else 0.25 * sum(COMPANIONS[10].values())
         assert asked == pytest.approx(share * sum(COMPANIONS[least].values()) + lower, rel=0.05)
+
+
+def test_small_objects_are_as_many_as_autograds_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [Event(storage=n, size_bytes=4096, phase="step 1: x") for n in range(400)]  # all wait for a backward pass
+    malloc = Malloc.malloc
+    for nodes in (0, 400, 1600):
+        made = Segment(phase="step 1: x", kind="forward", unit=1, micro_batch=0, times=4, recorded=nodes // 4)
+        asked: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Malloc, "malloc", lambda heap, size, asked=asked: asked.append(size) or malloc(heap, size))
+            forecast_heap(Ledger(events=events, operations=Operations(segments=[made])), steps=2)
+        beside = sum(HEADERS.values()) + PER_NODE * nodes / 400 if nodes else sum(COMPANIONS[100].values())
+        assert len(asked) / 3 / 400 == pytest.approx(beside, rel=0.05)
+
+
+def test_tracker_counts_what_autograd_records() -> None:
+    frozen, trained = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    frozen.requires_grad_(False)
+    with StorageTracker() as tracker:
+        tracker.begin("step 1: forward and backward")
+        hidden = frozen(torch.ones(3, 8))  # nothing to record
+        trained(hidden).square().sum()  # transposed, multiplied, squared, summed
+        with torch.no_grad():
+            trained(hidden)
+    assert tracker.ledger.operations.nodes("forward") == 4
 
 
 def test_a_replay_is_the_same_twice() -> None:

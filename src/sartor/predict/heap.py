@@ -7,9 +7,9 @@ it holds already.
 
 For storages alone the replay is exact. Beside them C++ keeps small objects that no ledger knows (tensor and storage headers,
 autograd's nodes); they are pinned between storages and hold the heap apart: a LoRA run of 1,060 MiB would have needed 640.
-`COMPANIONS` says how many there are of each size. Where each one falls is chance, also in reality, and best fit amplifies it: the
-same stream of requests, replayed by glibc itself from another state, peaked 5 % higher or lower. So `forecast_heap` draws them at
-random and averages a few replays.
+`COMPANIONS` and `PER_NODE` say how many there are of each size. Where each one falls is chance, also in reality, and best fit
+amplifies it: the same stream of requests, replayed by glibc itself from another state, peaked 5 % higher or lower. So
+`forecast_heap` draws them at random and averages a few replays.
 
 Assumed: glibc (not a preloaded jemalloc, and no THP_MEM_ALLOC_ENABLE); storages are written fully; all are made in one thread,
 as forward, CPU backward and optimizer are. Not seen: buffers that a kernel makes inside itself.
@@ -37,16 +37,22 @@ HEADERS = {24: 1.0, 96: 1.0, 176: 1.0}
 """What a weight comes with: a context, a `StorageImpl`, a `TensorImpl`."""
 
 COMPANIONS = {
-    1: {24: 2.72, 184: 2.02, 104: 1.58, 72: 0.86, 40: 0.62, 312: 0.49, 56: 0.32, 520: 0.29},
-    10: {24: 2.85, 184: 1.65, 104: 1.03, 40: 0.64, 312: 0.27, 56: 0.24, 488: 0.21, 136: 0.11, 536: 0.1},
+    1: {184: 2.3, 24: 2.0, 104: 1.29, 312: 1.07, 72: 0.38, 40: 0.29, 8: 0.23, 56: 0.14, 520: 0.12},
+    10: {184: 2.12, 24: 1.13, 312: 1.1, 104: 1.0, 8: 0.05, 56: 0.04},
     100: {24: 12.27, 184: 2.14, 40: 1.98, 488: 1.11, 104: 1.04, 472: 0.8, 312: 0.59, 648: 0.41, 744: 0.39, 536: 0.32, 520: 0.3},
 }
 """Small requests (bytes: how many) beside a storage of a step in whose lifetime at least so many are made. Counted, not fitted: a
-preloaded malloc recorded the second step of four models under PyTorch 2.13 (two full, LoRA, recomputation; none of them is in
+preloaded malloc recorded the second step of four models under PyTorch 2.13 (full, LoRA at two widths, recomputation; none is in
 benchmarks/memory_cpu.py); objects and storages were sorted by how many storages are made while they live, and the one number
-divided by the other. The four agree within a tenth for the first class; for the last, autograd's nodes, there are 19, 19, 21 and
-(recomputation, which keeps few storages) 34."""
+divided by the other. The four agree within a tenth for the first two classes. In the last are autograd's nodes and what they
+hold, 25 a storage with LoRA and 18 without; where a step is traced, `PER_NODE` says how many."""
 
+PER_NODE = 6.6
+"""Small requests of the last class for each node that autograd makes in forward, beside three headers a storage. Counted as
+above: 6.61 and 6.59 with LoRA, 6.71 without. Nodes of recomputed blocks are left out: they live for a block's
+backward, not as long as the storages that are kept."""
+
+_KEPT = max(COMPANIONS)
 _STEPS = 3
 _REPLAYS = 3
 
@@ -74,17 +80,37 @@ def forecast_heap(ledger: Ledger, config: HeapConfig | None = None, *, steps: in
     """
     config = config or HeapConfig()
     events = repeat_last_step(ledger.events, times=max(min(steps, _STEPS) - 2, 0))
-    found = [replay_heap(events, config, seed=number) for number in range(_REPLAYS)]
+    kept = _beside_kept(ledger)
+    found = [replay_heap(events, config, seed=number, kept=kept) for number in range(_REPLAYS)]
     mean = sum(heap.peak_resident_bytes for heap in found) // _REPLAYS
     typical = min(found, key=lambda heap: abs(heap.peak_resident_bytes - mean))
     return dataclasses.replace(typical, peak_resident_bytes=mean)
 
 
-def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = None, *, seed: int | None = None) -> Heap:
-    """Resident bytes that a ledger's storages add under glibc's malloc; with companions where there is a seed to draw them by."""
+def _beside_kept(ledger: Ledger) -> float | None:
+    """How many small requests there are beside a storage that a training step keeps for its backward pass; None where the ledger
+    has no such step."""
+    done = ledger.operations.step()
+    requests = PER_NODE * done.nodes("forward")
+    phase = next((part.phase for part in done.segments if part.kind == "forward"), "")
+    outlived = _outlived(ledger.events)
+    made = [event for event in ledger.events if event.phase == phase and event.size_bytes > 0]
+    kept = sum(outlived.get(event.storage, _KEPT) >= _KEPT for event in made)
+    return sum(HEADERS.values()) + requests / kept if requests and kept else None
+
+
+def replay_heap(
+    ledger: Ledger | Sequence[Event],
+    config: HeapConfig | None = None,
+    *,
+    seed: int | None = None,
+    kept: float | None = None,
+) -> Heap:
+    """Resident bytes that a ledger's storages add under glibc's malloc; with companions where there is a seed to draw them by,
+    `kept` of them beside a storage that waits for the backward pass (default: as in `COMPANIONS`)."""
     events = ledger.events if isinstance(ledger, Ledger) else ledger
     heap = Malloc(config)
-    companions = _Companions(events, seed) if seed is not None else None
+    companions = _Companions(events, seed, kept) if seed is not None else None
     chunks: dict[int, list[Chunk]] = {}
     live = peak_live = peak = at = 0
     for place, event in enumerate(events):
@@ -111,13 +137,16 @@ def replay_heap(ledger: Ledger | Sequence[Event], config: HeapConfig | None = No
 class _Companions:
     """Draws the small requests that come just before a storage and live as long as it."""
 
-    def __init__(self, events: Sequence[Event], seed: int) -> None:
+    def __init__(self, events: Sequence[Event], seed: int, kept: float | None) -> None:
         self._random = random.Random(seed)
+        share = 1.0 if kept is None else kept / sum(COMPANIONS[_KEPT].values())
+        self._rates = COMPANIONS | {_KEPT: {size: rate * share for size, rate in COMPANIONS[_KEPT].items()}}
         self._outlives = _outlived(events)
 
     def of(self, event: Event) -> list[int]:
-        outlived = self._outlives.get(event.storage, max(COMPANIONS))
-        rates = HEADERS if event.phase == "build" else COMPANIONS[max(least for least in COMPANIONS if least <= max(outlived, 1))]
+        outlived = self._outlives.get(event.storage, _KEPT)
+        least = next(least for least in sorted(COMPANIONS, reverse=True) if least <= max(outlived, 1))
+        rates = HEADERS if event.phase == "build" else self._rates[least]
         draw = self._random.random
         sizes = [size for size, rate in rates.items() for _ in range(int(rate) + (draw() < rate % 1))]
         self._random.shuffle(sizes)

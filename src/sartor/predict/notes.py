@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ class Notebook:
         self._places: dict[Any, tuple[int, ...]] = {}
         self._phase = self._kind = ""
         self._unit = self._micro_batch = 0
-        self._counts: Counter[int] = Counter()
+        self._current: Segment | None = None
         self._view: int | None = None
         self._updates: dict[tuple[str, int], Segment] = {}
 
@@ -55,6 +54,11 @@ class Notebook:
         kind = _kind_of(phase)
         if kind == self._kind or kind != "forward":  # after a backward pass the loss is detached: no new micro-batch
             self._count(self._view, phase, kind, unit)
+
+    def note_node(self) -> None:
+        """Autograd recorded the operator that was noted last."""
+        if self._current is not None:
+            self._current.recorded += 1
 
     def note_list(self, func: Any, args: Any, kwargs: dict[str, Any], *, phase: str, units: Sequence[int]) -> None:
         """An operator over lists of equal length ran once: one entry for each place in the lists."""
@@ -94,8 +98,9 @@ class Notebook:
             elif kind == "forward" and self._kind != "forward":
                 self._micro_batch += 1
             self._phase, self._kind, self._unit = phase, kind, unit
-            self._counts = self._segment(phase, kind, unit).counts
-        self._counts[place] += 1
+            self._current = self._segment(phase, kind, unit)
+        assert self._current is not None, "a phase has a name"
+        self._current.counts[place] += 1
 
     def _segment(self, phase: str, kind: str, unit: int) -> Segment:
         """A new one; an update goes through parameters in any order, and has one for each unit."""

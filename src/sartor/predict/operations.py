@@ -87,6 +87,8 @@ class Segment:
     """How many units of the whole model it stands for, one after the other."""
     counts: Counter[int] = field(default_factory=Counter)
     """Place in the table of operations → how often."""
+    recorded: int = 0
+    """Operators, views among them, for which autograd made a node."""
 
 
 @dataclass(kw_only=True)
@@ -116,6 +118,10 @@ class Operations:
         return sum(
             count * operation.made_bytes for part, operation, count in self if part.kind == "forward" and not part.micro_batch
         )
+
+    def nodes(self, kind: str) -> int:
+        """Autograd's nodes that a pass made."""
+        return sum(part.recorded * part.times for part in self.segments if part.kind == kind)
 
     def calls(self) -> int:
         """Operators that do work."""

@@ -79,6 +79,8 @@ class StorageTracker(TorchDispatchMode):
             self.see(leaf, unit=units[place] if units else None)
         if not self._closed:
             self._note(func, args, kwargs or {}, result)
+            if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+                self._notebook.note_node()
         if scratch:
             self._note_scratch(scratch)
         if func is linear_cross_entropy_:
