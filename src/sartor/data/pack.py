@@ -58,7 +58,7 @@ def fill_rows(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, *, capac
 
 
 def micro_batches(rows: list[list[int]], micro_batch: int, *, joined: bool = False) -> list[list[list[int]]]:
-    """Groups of at most `micro_batch` rows; joined, the rows of a group become one, which has no padding."""
+    """Groups of at most `micro_batch` rows; joined, the rows of a group become one, which has next to no padding."""
     groups = [rows[first : first + micro_batch] for first in range(0, len(rows), micro_batch)]
     return [[[index for row in group for index in row]] for group in groups] if joined else groups
 
