@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,3 +129,21 @@ def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     return value
+
+
+@contextlib.contextmanager
+def functions_noted(notebook: Notebook) -> Iterator[None]:
+    """Count the nodes of autograd's functions written in Python, whose own operators autograd does not record."""
+    usual = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **named: Any) -> Any:
+        result = usual.__func__(cls, *args, **named)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            notebook.note_node()
+        return result
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = usual  # type: ignore[method-assign]

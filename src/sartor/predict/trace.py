@@ -49,7 +49,14 @@ def trace_steps(
     tracker = StorageTracker(packed=packed, target=target)
     sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
     resizes = wrappers_watched(tracker) if sharded else contextlib.nullcontext()
-    with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), resizes, tracker:
+    with (
+        _quiet_logs(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _values_allowed(),
+        resizes,
+        tracker,
+        tracker.functions_noted(),
+    ):
         if sharded:
             model.to_empty(device="cpu")
         else:

@@ -18,7 +18,7 @@ from sartor.model.regions import Reduction
 from sartor.predict.fused import extent_of
 from sartor.predict.in_place import adds_up_in_place, lone_holders
 from sartor.predict.ledger import Event, Ledger
-from sartor.predict.notes import Notebook
+from sartor.predict.notes import Notebook, functions_noted
 from sartor.predict.operators import is_silent
 from sartor.predict.target import Target
 
@@ -51,6 +51,10 @@ class StorageTracker(TorchDispatchMode):
     def __enter__(self) -> Self:
         self._fake_mode = active_fake_mode()
         return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+
+    def functions_noted(self) -> contextlib.AbstractContextManager[None]:
+        """A context that counts the nodes of functions written in Python."""
+        return functions_noted(self._notebook)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # the most frequent question, and it makes nothing
