@@ -76,6 +76,13 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return dict(found)
 
 
+def unfuse(model: nn.Module) -> None:
+    """The modules' own code again, as others will run it: equal to a bit with what they load."""
+    for module in model.modules():
+        if any(of(module) is not None for of in (_norm_of, _mlp_of, _attention_of)):
+            vars(module).pop("forward", None)
+
+
 def _distributed(model: nn.Module) -> bool:
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and any(isinstance(parameter, loaded.DTensor) for parameter in model.parameters())

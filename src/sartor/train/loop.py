@@ -17,6 +17,7 @@ import torch
 
 from sartor.errors import Interrupted, RunError
 from sartor.job import to_yaml
+from sartor.kernels.fuse import unfuse
 from sartor.plan import Plan
 from sartor.step import TensorBatch, learning_rate
 from sartor.train import checkpoint as saved
@@ -73,6 +74,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         saved.publish(final, folder)
         memory = memory_outcome(plan)
         if finished:
+            unfuse(bench.step.model)
             watchers.trained(bench.step.model, bench.tokenizer, bench.sets)
         epochs = bench.order.epoch_of(progress.step)
         run = record(plan, folder, progress, final, memory, epochs=epochs, finished=finished)
