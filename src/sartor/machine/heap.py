@@ -45,3 +45,9 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all((libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold()), libc.mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)))
+
+
+def give_back_freed_memory() -> None:
+    """To the system, once: what is free at the heap's end, and the pages of holes."""
+    if has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -13,6 +13,7 @@ import torch
 from sartor.errors import DoesNotFit, RunError
 from sartor.job.units import format_bytes
 from sartor.machine import Machine
+from sartor.machine.heap import give_back_freed_memory
 from sartor.machine.memory import peak_resident_bytes, resident_bytes
 from sartor.plan import Plan, make
 from sartor.predict.heap import LOADED_BYTES
@@ -66,6 +67,7 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
             why="it ran out while the weights were updated, so they cannot be gone on with",
             remedy="--resume goes on from the last checkpoint; a smaller strategy.micro_batch, or other programs closed, first",
         )
+    give_back_freed_memory()
     room = min(plan.forecast.available_bytes * forecast // max(measured, forecast), measured, int(LESS * forecast))
     try:
         smaller = make(plan.job, _with_room(plan, room))
