@@ -11,7 +11,7 @@ Verdict = Literal["fits", "tight", "does not fit", "cannot say"]
 
 TIGHT_SHARE = 0.9
 """Above this share of what is available a forecast is called tight. On a CPU, where part of the heap's gaps is chance, the
-forecast was at most 4.2 % low (benchmarks/memory_cpu.py), and 7 % on the models it was developed with."""
+forecast was at most 7.9 % low (benchmarks/memory_cpu.py), and 7 % on the models it was developed with."""
 
 
 def judge(needed: int, available: int, share: float, reserved: Reserved | None) -> tuple[Verdict, str]:
