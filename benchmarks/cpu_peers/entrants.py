@@ -43,8 +43,10 @@ ENTRANTS = {
     "sartor-2-processes": Entrant(package="sartor", overrides=("strategy.processes=2",)),
     # (a) Hugging Face's Trainer, PEFT for LoRA: nothing set but the batch
     "hf": Entrant(package="transformers", script="hf_trainer.py", float32=True),
-    # (b) the same tuned: bf16 autocast, fused AdamW, batches of like length, a worker
+    # (b) the same tuned: bf16 autocast, fused AdamW, batches of like length, a worker;
+    # frozen weights of LoRA stored in bfloat16, or in float32
     "hf-tuned": Entrant(package="transformers", script="hf_trainer.py", options=_TUNED, lora=_FROZEN),
+    "hf-tuned-float32": Entrant(package="transformers", script="hf_trainer.py", options=_TUNED),
     "hf-tuned-compile": Entrant(package="transformers", script="hf_trainer.py", options=_COMPILED, lora=_FROZEN),
     # Not in its documentation: glibc told to keep large blocks instead of giving their pages back and faulting them in again.
     "hf-tuned-malloc": Entrant(
