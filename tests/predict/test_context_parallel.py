@@ -34,6 +34,7 @@ from sartor.predict.whole import trace_job
 from sartor.predict.world import make_mesh, wrappers_watched
 from sartor.step import Precision, TensorBatch, make_step
 
+from .plain import adamw, fill, least_peak, refusal
 from .test_repeat import COMMON, SMALL, batches, source
 from .test_sharded import CPU, lora
 
@@ -68,13 +69,8 @@ def measured_peak(case: dict[str, Any]) -> int:
     tracker = StorageTracker()
     with ring_attention(mesh, layout), wrappers_watched(tracker), tracker:
         model.to_empty(device="cpu")
-        for tensor in (*model.parameters(), *model.buffers()):
-            tracker.see(tensor)
-            if tensor.is_floating_point():
-                nn.init.normal_(getattr(tensor, "_local_tensor", tensor), std=0.02)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
-        optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-4, fused=True)
+        fill(model, tracker)
+        trained, optimizer = adamw(model)
         for number in range(STEPS):
             tracker.begin(f"step {number}")
             for ids_RT, targets_RT in [dealt(batch, own, length) for batch in batches(case["micro_batches"])]:
@@ -93,11 +89,7 @@ def measured_peak(case: dict[str, Any]) -> int:
             optimizer.step()
             optimizer.zero_grad()
         tracker.close()
-    live, peaks = 0, dict[str, int]()
-    for event in tracker.ledger.events:
-        live += event.size_bytes
-        peaks[event.phase] = max(live, peaks.get(event.phase, 0))
-    return min(peaks[f"step {number}"] for number in range(1, STEPS))
+    return least_peak(tracker, STEPS)
 
 
 def drop_masks(model: nn.Module) -> None:
@@ -226,19 +218,8 @@ def test_ranks_compute_what_one_process_computes(world: int, number: int) -> Non
         assert distances[number] < 1e-5
 
 
-def refused(kind: str, layout: Layout, target: Target = CPU, attention: str | None = None, **changes: Any) -> JobError:
-    with pytest.raises(JobError) as caught:
-        trace_job(
-            from_mapping({"model": "unused", "data": "unused", "method": "full", **changes}),
-            source(kind),
-            batches(1),
-            target,
-            precision=Precision.of("float32"),
-            recompute=False,
-            attention=attention,
-            layout=layout,
-        )
-    return caught.value
+def refused(kind: str, layout: Layout, target: Target = CPU, **options: Any) -> JobError:
+    return refusal(source(kind), layout, target, **options)
 
 
 def test_what_cannot_be_shared_says_why() -> None:

@@ -32,6 +32,7 @@ from sartor.predict.world import wrappers_watched
 from sartor.step import Precision, SumLoss, TensorBatch
 from sartor.step.step import enable_recompute
 
+from .plain import adamw
 from .test_repeat import batches, source
 from .test_sharded import CPU, lora
 
@@ -120,9 +121,7 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             fill(module.llama, module.numbers)
         for tensor in (*module.parameters(), *module.buffers()):
             tracker.see(tensor)
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
-        optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-4, fused=True)
+        trained, optimizer = adamw(module)
         stage = PipelineStage(
             module, rank // case["shard"], case["stages"], torch.device("cpu"), group=mesh["stages"].get_group()
         )

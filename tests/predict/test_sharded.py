@@ -24,6 +24,7 @@ from sartor.predict.whole import trace_job
 from sartor.predict.world import fake_world, wrappers_watched
 from sartor.step import Precision, TensorBatch
 
+from .plain import adamw, fill
 from .test_repeat import batches, source
 
 CPU = Target.of(Device(kind="cpu", index=0, name="cpu", total_bytes=1, available_bytes=1))
@@ -64,13 +65,8 @@ def worker(rank: int, world: int, case: dict[str, Any]) -> int:
     tracker = StorageTracker()
     with wrappers_watched(tracker), tracker:
         model.to_empty(device="cpu")
-        for tensor in (*model.parameters(), *model.buffers()):
-            tracker.see(tensor)
-            if tensor.is_floating_point():
-                nn.init.normal_(getattr(tensor, "_local_tensor", tensor), std=0.02)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
-        optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-4, fused=True)
+        fill(model, tracker)
+        trained, optimizer = adamw(model)
         for _ in range(STEPS):
             on_device = [TensorBatch.of(batch, "cpu") for batch in batches(case["micro_batches"])]
             for number, batch in enumerate(on_device):

@@ -27,6 +27,7 @@ from sartor.predict.whole import trace_job
 from sartor.predict.world import fake_world, make_mesh, wrappers_watched
 from sartor.step import Precision, TensorBatch, make_step
 
+from .plain import adamw, fill, least_peak, refusal
 from .test_repeat import COMMON, batches, source
 from .test_sharded import CPU
 
@@ -94,11 +95,8 @@ def measured_peak(case: dict[str, Any]) -> int:
     tracker = StorageTracker()
     with wrappers_watched(tracker), tracker:
         model.to_empty(device="cpu")
-        for tensor in (*model.parameters(), *model.buffers()):
-            tracker.see(tensor)
-            nn.init.normal_(getattr(tensor, "_local_tensor", tensor), std=0.02)
-        groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-4, fused=True)
+        fill(model, tracker)
+        trained, optimizer = adamw(model)
         for number in range(STEPS):
             tracker.begin(f"step {number}")
             for batch in [TensorBatch.of(batch, "cpu") for batch in batches(case["micro_batches"])]:
@@ -111,15 +109,11 @@ def measured_peak(case: dict[str, Any]) -> int:
                     loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
                 del logits
                 (loss / 100).backward()
-            torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         tracker.close()
-    live, peaks = 0, dict[str, int]()
-    for event in tracker.ledger.events:
-        live += event.size_bytes
-        peaks[event.phase] = max(live, peaks.get(event.phase, 0))
-    return min(peaks[f"step {number}"] for number in range(1, STEPS))
+    return least_peak(tracker, STEPS)
 
 
 def case(mode: str, **changes: Any) -> dict[str, Any]:
@@ -260,19 +254,8 @@ def test_ranks_compute_what_one_process_computes(world: int, number: int) -> Non
         assert distances[number] < 1e-4
 
 
-def refused(kind: str, layout: Layout, *, method: str = "full", **changes: Any) -> JobError:
-    with pytest.raises(JobError) as caught:
-        trace_job(
-            from_mapping({"model": "unused", "data": "unused", "method": method}),
-            source(kind, **changes),
-            batches(1),
-            CPU,
-            precision=Precision.of("float32"),
-            recompute=False,
-            attention=None,
-            layout=layout,
-        )
-    return caught.value
+def refused(kind: str, layout: Layout, *, method: str = "full", **sizes: Any) -> JobError:
+    return refusal(source(kind, **sizes), layout, CPU, method=method)
 
 
 def test_what_cannot_be_split_says_why() -> None:

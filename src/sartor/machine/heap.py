@@ -7,7 +7,9 @@ more than the peak, which the step reaches in any case.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import platform
 
@@ -51,3 +53,26 @@ def give_back_freed_memory() -> None:
     """To the system, once: what is free at the heap's end, and the pages of holes."""
     if has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Reserve:
+    """Address space that is mapped and never touched, so it takes no memory; it counts where a limit on the address space or on
+    data (`ulimit -v`, `ulimit -d`) is what runs out. Given back, it lets Python work on: CPython 3.11 breaks a function when the
+    system refuses it a piece of its own stack."""
+
+    def __init__(self, size: int = 64 * 2**20) -> None:
+        self._size = size
+        self._mapped: mmap.mmap | None = None
+        self.hold()
+
+    def hold(self) -> None:
+        """Map it, where the limit has that much left."""
+        if self._mapped is None and hasattr(mmap, "MAP_PRIVATE"):
+            with contextlib.suppress(OSError):
+                self._mapped = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def give_back(self) -> None:
+        """Unmap it."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import re
@@ -38,11 +39,12 @@ class Shortage:
 
 
 def shortage_of(error: BaseException, bench: Workbench) -> Shortage | None:
-    """What an error says of memory; None for one that is about something else."""
+    """What an error says of memory; None for one that is about something else. The reserve is given back."""
     text = str(error)
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if not known and not any(sign in text.lower() for sign in _SIGNS):
         return None
+    bench.reserve.give_back()
     refused = _REFUSED.search(text)
     requested = int(float(refused[1]) * _UNITS[refused[2].lower()]) if refused else 0
     return Shortage(requested_bytes=requested, updating=bench.step.updating)
@@ -72,14 +74,38 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
     try:
         smaller = make(plan.job, _with_room(plan, room))
     except DoesNotFit as error:
-        raise RunError(wrong, why=error.what, remedy=error.remedy) from None
+        if (least := _least(plan)) is None:
+            raise RunError(wrong, why=error.what, remedy=error.remedy) from None
+        smaller = least
     strategy = dataclasses.replace(plan.strategy, micro_batch=smaller.strategy.micro_batch, recompute=smaller.strategy.recompute)
     if strategy == plan.strategy:
         raise RunError(wrong, why="no other strategy needs less", remedy="a shorter data.max_length, or another method")
     if strategy.recompute and not plan.strategy.recompute:
         enable_recompute(bench.step.model)
+    bench.reserve.hold()
     say(f"{wrong}. Going on with: {strategy.describe()}")
     return dataclasses.replace(plan, strategy=strategy, forecast=smaller.forecast, time=smaller.time)
+
+
+def _least(plan: Plan) -> Plan | None:
+    """Of what the job leaves open, the plan that needs least, whatever was measured: where memory ran out says little of how
+    much there is. None where it needs no less than `plan` or does not fit at all."""
+    open_ = plan.job.strategy
+    found = []
+    for recompute in ("none", "full") if open_.recompute == "auto" else (open_.recompute,):
+        pinned = dataclasses.replace(
+            open_, micro_batch=1 if open_.micro_batch == "auto" else open_.micro_batch, recompute=recompute
+        )
+        with contextlib.suppress(DoesNotFit):
+            found.append(make(dataclasses.replace(plan.job, strategy=pinned), _with_room(plan, plan.forecast.available_bytes)))
+    least = min(found, key=_needs, default=None)
+    return least if least is not None and _needs(least) < _needs(plan) else None
+
+
+def _needs(plan: Plan) -> int:
+    """Bytes beyond those of the process when the plan was made."""
+    forecast = plan.forecast
+    return (forecast.process_bytes or forecast.available_bytes) - forecast.baseline_bytes
 
 
 def _measured(plan: Plan) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sartor.data.pack import Batch, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.kernels.native import missing
-from sartor.machine.heap import keep_freed_memory
+from sartor.machine.heap import Reserve, keep_freed_memory
 from sartor.machine.products import keep_few_products
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
@@ -40,6 +40,8 @@ class Workbench:
     order: BatchOrder
     pad_id: int
     packing: bool
+    reserve: Reserve = field(default_factory=Reserve)
+    """Given back when memory has run out, so that the next plan can be made."""
 
     def batches(self, plan: Plan, samples: TokenSet, indices: Any) -> list[Batch]:
         """The micro-batches of these examples, as the strategy cuts them."""
