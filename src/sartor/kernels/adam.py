@@ -163,11 +163,15 @@ adamw_ = operator(
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    total = sum(_square_sum(gradient) for gradient in gradients)
-    return torch.tensor(math.sqrt(total), dtype=torch.float32, device=gradients[0].device if gradients else None)
+    return norm_of_squares([square_sum(gradient) for gradient in gradients], gradients[0].device if gradients else None)
 
 
-def _square_sum(gradient: Tensor) -> float:
+def norm_of_squares(squares: Sequence[float], device: torch.device | None) -> Tensor:
+    """The norm of gradients whose sums of squares these are."""
+    return torch.tensor(math.sqrt(sum(squares)), dtype=torch.float32, device=device)
+
+
+def square_sum(gradient: Tensor) -> float:
     """The sum of squares, in float32 by blocks and in float64 over them."""
     native = library() if gradient.is_cpu and gradient.dtype in (torch.bfloat16, torch.float32) else None
     if native is None:

@@ -61,11 +61,16 @@ class TrainStep:
         for number, batch in enumerate(batches):
             if self.reduce_once:
                 self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
-            with self.precision.autocast(self.device_kind):
-                loss = self.loss(self.model, batch, factor=1 / trained_tokens)
-            losses.append(loss.detach() * trained_tokens)
-            loss.backward()
+            losses.append(self.micro_batch(batch, trained_tokens, last=number == len(batches) - 1 and not several))
         return losses
+
+    def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:
+        """Forward and backward pass of one micro-batch; its summed loss. `last`: of the step."""
+        with self.precision.autocast(self.device_kind):
+            loss = self.loss(self.model, batch, factor=1 / trained_tokens)
+        summed = loss.detach() * trained_tokens
+        loss.backward()
+        return summed
 
     def clip(self) -> Tensor:
         """Clip the gradient; its norm before. Where masters are kept, the optimizer multiplies while it reads the gradient."""

@@ -1,0 +1,8 @@
+"""Placement: rows of a model live on lower tiers and come to the device when they are used."""
+
+from sartor.placement.engine import Engine
+from sartor.placement.rows import Row, find_rows
+from sartor.placement.step import PlacedStep
+from sartor.placement.tiers import DiskTier, HostTier
+
+__all__ = ["DiskTier", "Engine", "HostTier", "PlacedStep", "Row", "find_rows"]

@@ -1,0 +1,211 @@
+"""Chunks: tensors that move together, and the states they may be in.
+
+A chunk holds one kind of one row of the table: its weights, its gradients or its optimizer state. While it is away its tensors
+stay what they are, but their storages are empty; it comes back into the same tensors, so that views of them, which autograd may
+have saved, are valid again. Transitions that are not listed raise IllegalTransition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sartor.placement.tiers import Mover, Region, Tier
+
+
+class State(StrEnum):
+    """Of a chunk on the device."""
+
+    FREE = "free"
+    """Away: no memory on the device."""
+    COMING = "coming"
+    """Memory is taken, a copy is under way into it."""
+    HOLD = "hold"
+    """There, and not in use."""
+    COMPUTE = "compute"
+    """There, and in use: it may not go."""
+    LEAVING = "leaving"
+    """A copy of it is being written; then its memory is free."""
+
+
+_LEGAL = {
+    State.FREE: {State.COMING, State.HOLD},
+    State.COMING: {State.HOLD},
+    State.HOLD: {State.COMPUTE, State.FREE, State.LEAVING},
+    State.COMPUTE: {State.HOLD},
+    State.LEAVING: {State.FREE, State.HOLD},
+}
+
+
+class IllegalTransition(RuntimeError):
+    """The engine has lost track of where a tensor is: an error in Sartor."""
+
+
+class Change(NamedTuple):
+    """An entry of the timeline."""
+
+    seconds: float
+    chunk: str
+    state: str
+    device_bytes: int
+
+
+@dataclass(kw_only=True)
+class Gauge:
+    """Bytes of all chunks that are on the device, their peak, and, if wanted, every change."""
+
+    watch: bool = False
+    device_bytes: int = 0
+    peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.changes: list[Change] = []
+        self._start = time.perf_counter()
+
+    def add(self, size: int) -> None:
+        self.device_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+
+    def note(self, chunk: str, state: State) -> None:
+        if self.watch:
+            self.changes.append(Change(time.perf_counter() - self._start, chunk, state.value, self.device_bytes))
+
+
+class Chunk:
+    """Tensors of one row and kind, whose home is on a lower tier."""
+
+    def __init__(self, name: str, tier: Tier, mover: Mover, gauge: Gauge) -> None:
+        self.name, self.tier, self._mover, self._gauge = name, tier, mover, gauge
+        self.tensors: list[Tensor] = []
+        self._regions: list[Region] = []
+        self._copies: list[Future[None]] = []
+        self.state = State.FREE
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(region.size for region in self._regions)
+
+    @property
+    def here(self) -> bool:
+        return self.state in (State.HOLD, State.COMPUTE)
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        """These tensors, which are on the device, are the chunk's from now on. Each has a storage of its own."""
+        before = self.size if self.state in (State.HOLD, State.COMPUTE) else 0
+        regions = self._regions
+        if [region.size for region in regions] != [_bytes(tensor) for tensor in tensors]:
+            for region in regions:
+                self.tier.free(region)
+            regions = [self.tier.allocate(_bytes(tensor)) for tensor in tensors]
+        self.tensors, self._regions = list(tensors), regions
+        self._gauge.add(self.size - before)
+        if not self.here:
+            self._become(State.HOLD)
+
+    def fetch(self) -> None:
+        """Begin to bring it to the device, if it is away."""
+        if self.state is not State.FREE:
+            return
+        self._gauge.add(self.size)
+        self._become(State.COMING)
+        for tensor, region in zip(self.tensors, self._regions, strict=True):
+            storage = tensor.untyped_storage()
+            storage.resize_(region.size)
+            if region.size:
+                self._copies += self._mover.read(self.tier, region, storage.data_ptr())
+
+    def hold(self) -> None:
+        """It is on the device when this returns. Raises RunError where it could not be read."""
+        if self.here:
+            return
+        self.fetch()
+        self._arrive()
+        self._become(State.HOLD)
+
+    def _arrive(self) -> None:
+        copies, self._copies = self._copies, []
+        for copy in copies:
+            copy.result()
+
+    def begin(self) -> None:
+        """It is in use when this returns."""
+        self.hold()
+        if self.state is not State.COMPUTE:
+            self._become(State.COMPUTE)
+
+    def end(self) -> None:
+        """It is not in use any more."""
+        self._become(State.HOLD)
+
+    def drop(self) -> None:
+        """Free its memory: what its home has is the same."""
+        if self.state is State.COMING:
+            self.hold()
+        self._become(State.FREE)
+        self._empty()
+
+    def store(self) -> None:
+        """Write it to its home, then free its memory."""
+        self._become(State.LEAVING)
+        copies: list[Future[None]] = []
+        for tensor, region in zip(self.tensors, self._regions, strict=True):
+            if region.size:
+                copies += self._mover.write(self.tier, region, tensor.untyped_storage().data_ptr())
+        self._copies = copies
+        self._mover.leaving(copies, self.size, lambda: self._left(copies))
+
+    def _left(self, copies: list[Future[None]]) -> None:
+        if self._copies is copies and self.state is State.LEAVING:  # else it was wanted again before it had gone
+            self._copies = []
+            self._become(State.FREE)
+            self._empty()
+
+    def _empty(self) -> None:
+        for tensor in self.tensors:
+            tensor.untyped_storage().resize_(0)
+        self._gauge.add(-self.size)
+
+    def forget(self) -> None:
+        """Its contents are of no use any more; its tensors are let go, its home stays reserved."""
+        if self.state in (State.LEAVING, State.COMING):
+            self.hold()
+        if self.state is State.COMPUTE:
+            self.end()
+        if self.here:
+            self._become(State.FREE)
+            self._gauge.add(-self.size)
+        self.tensors = []
+
+    def _become(self, state: State) -> None:
+        if state not in _LEGAL[self.state]:
+            raise IllegalTransition(f"{self.name} is {self.state}, and cannot become {state}")
+        self.state = state
+        self._gauge.note(self.name, state)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it that shares its storage with nobody and fills it."""
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+    if whole and storage.resizable():
+        return tensor
+    return tensor.detach().clone()
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """The same shape, strides and format without memory."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    made.untyped_storage().resize_(0)
+    return made

@@ -1,0 +1,345 @@
+"""The engine: brings the weights of a row before they are used, and lets them go afterwards.
+
+Hooks on the modules of a row say when it is used in a forward pass; the gradient of its output says when in a backward pass. A
+row's backward pass is over when that of another row begins, or the whole pass ends: autograd runs the latest operators first. The
+row that followed last time is fetched while this one computes. The first micro-batch runs under `Watch`: what touches weights
+outside of their row's use is brought as it is needed, and stays from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sartor.placement.activations import Activations
+from sartor.placement.chunk import Chunk, Gauge, State, own_storage
+from sartor.placement.gradients import AwayGradient
+from sartor.placement.rows import Row
+from sartor.placement.tiers import Mover, Tier
+from sartor.plan.table import RowPlaces, Table
+
+FORWARD, BACKWARD, LOOKUP = "forward", "backward", "lookup"
+"""Uses of a row; `lookup` is the backward pass of embeddings, which does without weights."""
+
+
+class LiveRow:
+    """A row, and where its chunks are. A chunk is None where the kind stays on the device."""
+
+    def __init__(self, row: Row, places: RowPlaces) -> None:
+        self.row, self.places = row, places
+        self.weights: Chunk | None = None
+        self.gradients: Chunk | None = None
+        self.state: Chunk | None = None
+        self.uses = 0
+        self.pinned = False
+        """Weights stay: something reads them at times that nobody announces."""
+        self.trained = list(row.trained.values())
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+
+class Engine:
+    """The live placement of a model."""
+
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Row], table: Table, tiers: Mapping[str, Tier], *, watch: bool = False
+    ) -> None:
+        """Moves what the table places elsewhere to its tier, one tensor after the other. `watch`: keep a timeline."""
+        self.model, self.table, self.tiers = model, table, dict(tiers)
+        self.mover, self.gauge = Mover(), Gauge(watch=watch)
+        self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
+        self.activations = Activations(self.mover, self.tiers)
+        self.measure: Callable[[Tensor], Any] | None = None
+        """Applied to every gradient that leaves, and kept with it: its norm, in the last micro-batch of a step."""
+        self._owner: dict[int, LiveRow] = {}
+        self._backward: LiveRow | None = None
+        self._in_backward = False
+        self._warm = False
+        self._last: tuple[str, LiveRow] | None = None
+        self._next: dict[tuple[str, LiveRow], tuple[str, LiveRow]] = {}
+        self._handles: list[Any] = []
+        for live in self.rows:
+            self._settle_in(live)
+        self.mover.settle()
+        self._attach()
+
+    # -- where things live
+
+    def chunk(self, live: LiveRow, kind: str) -> Chunk | None:
+        """A new chunk of a row; None where its table keeps the kind on the device."""
+        place = getattr(live.places, kind)
+        return None if place == "device" else Chunk(f"{live.name} {kind}", self.tiers[place], self.mover, self.gauge)
+
+    def _settle_in(self, live: LiveRow) -> None:
+        live.weights, live.gradients, live.state = (self.chunk(live, kind) for kind in ("weights", "gradients", "state"))
+        if live.weights is None:
+            return
+        for parameter in live.row.parameters.values():
+            parameter.data = own_storage(parameter.data)
+            self._owner[parameter.untyped_storage()._cdata] = live
+        live.weights.adopt(list(live.row.parameters.values()))
+        live.weights.store()
+        self.mover.settle(live.weights.size)
+
+    @property
+    def moving(self) -> list[LiveRow]:
+        """Rows of which something moves."""
+        return [live for live in self.rows if not live.places.stays]
+
+    # -- hooks
+
+    def _attach(self) -> None:
+        def hook(handle: Any) -> None:
+            self._handles.append(handle)
+
+        hook(self.model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True))
+        hook(self.model.register_forward_hook(lambda *_: self._after_model(), always_call=True))
+        for live in self.moving:
+            for module in live.row.modules:
+                hook(module.register_forward_pre_hook(lambda *_, live=live: self._before_forward(live), prepend=True))
+                hook(
+                    module.register_forward_hook(
+                        lambda module, _, output, live=live: self._after_forward(live, module, output), prepend=True
+                    )
+                )
+
+    def detach(self) -> None:
+        """The model is an ordinary one again, with all weights on the device. Gradients are let go."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.end_forward()
+        for live in self.rows:
+            if live.weights is not None:
+                live.weights.hold()
+            if live.gradients is not None:
+                for parameter in live.trained:
+                    if isinstance(parameter.grad, AwayGradient):
+                        parameter.grad = None
+            if live.state is not None and live.state.tensors:
+                live.state.hold()
+        self.close()
+
+    def close(self) -> None:
+        """Let the tiers go. What lives there is lost."""
+        self.mover.close()
+        for tier in self.tiers.values():
+            tier.close()
+
+    def _begin(self) -> None:
+        if not self._in_backward:
+            self.end_forward()
+            self.activations.enter(self)
+
+    def _after_model(self) -> None:
+        if not self._in_backward:
+            self.activations.leave()
+
+    def end_forward(self) -> None:
+        """Rows that a forward pass began and did not end, since it stopped at the head, are not in use any more."""
+        for live in self.rows:
+            if live.uses:
+                live.uses = 0
+                self._let_go(live)
+
+    def _before_forward(self, live: LiveRow) -> None:
+        if self._in_backward:  # a recomputation, for which the row's weights are there already
+            self.need(live)
+            return
+        live.uses += 1
+        self.activations.row = live
+        if live.weights is not None:
+            live.weights.begin()
+        self._follow(FORWARD, live)
+
+    def _after_forward(self, live: LiveRow, module: nn.Module, output: Any) -> None:
+        if self._in_backward:
+            return
+        live.uses = max(live.uses - 1, 0)
+        if torch.is_grad_enabled():
+            outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            phase = LOOKUP if isinstance(module, nn.Embedding) else BACKWARD
+            if outputs:
+                torch.autograd.graph.register_multi_grad_hook(outputs, lambda *_: self._before_backward(live, phase), mode="any")
+        if not live.uses:
+            self.activations.row = None
+            self._let_go(live)
+
+    def _let_go(self, live: LiveRow) -> None:
+        """Free the weights, unless the same row is expected next."""
+        if live.weights is None:
+            return
+        if live.weights.state is State.COMPUTE:
+            live.weights.end()
+        follower = self._next.get(self._last) if self._last else None
+        if live.weights.state is State.HOLD and not live.pinned and (follower is None or follower[1] is not live):
+            live.weights.drop()
+
+    # -- backward
+
+    def _before_backward(self, live: LiveRow, phase: str) -> None:
+        if self._backward is live:
+            if live.weights is not None and phase == BACKWARD:
+                live.weights.begin()
+            return
+        if not self._in_backward:
+            self._in_backward = True
+            self.end_forward()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        self._finish_backward()
+        self._backward = live
+        if live.weights is not None and phase == BACKWARD:
+            live.weights.begin()
+        self.bring_gradients(live)
+        self._follow(phase, live)
+
+    def bring_gradients(self, live: LiveRow) -> None:
+        """Gradients of earlier micro-batches, to be added to."""
+        if live.gradients is None:
+            return
+        away = [parameter for parameter in live.trained if isinstance(parameter.grad, AwayGradient)]
+        if away:
+            live.gradients.hold()
+        for parameter in away:
+            parameter.grad = parameter.grad.held  # type: ignore[union-attr]
+
+    def _finish_backward(self) -> None:
+        live, self._backward = self._backward, None
+        if live is None:
+            return
+        if live.weights is not None and live.weights.state is State.COMPUTE:
+            live.weights.end()
+        self.send_gradients(live)
+        self._let_go(live)
+
+    def send_gradients(self, live: LiveRow) -> None:
+        """Write the gradients that are on the device to where they live."""
+        chunk = live.gradients
+        real = {p: p.grad for p in live.trained if p.grad is not None and not isinstance(p.grad, AwayGradient)}
+        if chunk is None or not real:
+            return
+        for parameter in live.trained:
+            if isinstance(parameter.grad, AwayGradient):  # some came late: all leave together
+                chunk.hold()
+                real[parameter] = parameter.grad.held
+        gradients = {p: own_storage(real[p]) for p in live.trained if p in real}
+        norms = [None if self.measure is None else self.measure(gradient) for gradient in gradients.values()]
+        chunk.adopt(list(gradients.values()))
+        for (parameter, gradient), norm in zip(gradients.items(), norms, strict=True):
+            parameter.grad = AwayGradient(chunk, gradient, norm)
+        del real, gradients
+        chunk.store()
+        self.mover.settle(chunk.size)
+
+    def _end_backward(self) -> None:
+        self._finish_backward()
+        self._in_backward = False
+        for live in self.rows:  # gradients that came when their row's pass was taken to be over
+            self.send_gradients(live)
+
+    def reset(self) -> None:
+        """Nothing is under way any more: after a step that failed. Gradients are let go."""
+        self._in_backward, self._backward = False, None
+        self.activations.leave()
+        self.end_forward()
+        for live in self.rows:
+            if live.gradients is not None:
+                for parameter in live.trained:
+                    parameter.grad = None
+                live.gradients.forget()
+            if live.weights is not None and live.weights.state is State.COMPUTE:
+                live.weights.end()
+
+    # -- prefetch
+
+    def _follow(self, phase: str, live: LiveRow) -> None:
+        """Note what follows on what, and fetch what followed on this the last time."""
+        now = (phase, live)
+        if self._last is not None:
+            self._next[self._last] = now
+        self._last = now
+        for _ in range(2):  # the next one may be the same row, in its backward pass
+            now = self._next.get(now, now)
+            if now[1] is not live:
+                break
+        self.tidy((live, now[1]))
+        if now[1] is not live:
+            self._expect(*now)
+
+    def tidy(self, wanted: Sequence[LiveRow]) -> None:
+        """Free what was fetched for a use that did not come."""
+        for live in self.rows:
+            if live in wanted or live.pinned:
+                continue
+            if live.weights is not None and live.weights.state in (State.HOLD, State.COMING):
+                live.weights.drop()
+            if live.gradients is not None and live.gradients.state is State.COMING:
+                live.gradients.drop()
+
+    def _expect(self, phase: str, live: LiveRow) -> None:
+        """Begin to bring what a row will need."""
+        if live.weights is not None and phase != LOOKUP:
+            live.weights.fetch()
+        if phase == FORWARD:
+            return
+        if live.gradients is not None and any(isinstance(parameter.grad, AwayGradient) for parameter in live.trained):
+            live.gradients.fetch()
+        self.activations.fetch(live)
+
+    # -- use that no hook announces
+
+    def need(self, live: LiveRow) -> None:
+        """The weights are on the device when this returns."""
+        if live.weights is not None:
+            live.weights.hold()
+
+    def touched(self, tensor: Tensor) -> LiveRow | None:
+        """The row whose weights this tensor is a view of."""
+        return self._owner.get(tensor.untyped_storage()._cdata)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """For the first pass: weights that are read outside of their row's use are brought, and stay."""
+        if self._warm:
+            yield
+            return
+        with Watch(self):
+            yield
+        self._warm = True
+
+    @contextlib.contextmanager
+    def gathered(self, live: LiveRow) -> Iterator[None]:
+        """The weights of a row are on the device in this context; changes to them are lost."""
+        absent = live.weights is not None and not live.weights.here
+        self.need(live)
+        try:
+            yield
+        finally:
+            if absent and live.weights is not None:
+                live.weights.drop()
+
+
+class Watch(TorchDispatchMode):
+    """Brings weights that an operator reads while they are away."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._engine = engine
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, AwayGradient):
+                    live = self._engine.touched(leaf)
+                    if live is not None and live.weights is not None and not live.weights.here:
+                        live.pinned = True
+                        live.weights.hold()
+        return func(*args, **(kwargs or {}))

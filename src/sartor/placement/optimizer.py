@@ -1,0 +1,117 @@
+"""The optimizer step of a placed model: row by row, on tensors that are brought for it.
+
+Any optimizer of `torch.optim` will do whose update of a parameter looks at this parameter alone: it is asked for a step in which
+only the row's parameters have gradients, and leaves the others as they are. So the numbers are those of one step for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from sartor.placement.chunk import Chunk, State, own_storage
+from sartor.placement.engine import Engine, LiveRow
+from sartor.placement.gradients import AwayGradient
+
+SMALLEST = 256
+"""State of fewer bytes (a step count) stays on the device."""
+
+
+class StreamedOptimizer:
+    """Takes the steps of an optimizer whose parameters a placement moves."""
+
+    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self._engine, self.optimizer = engine, optimizer
+        self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        placed = {id(p) for live in engine.moving for p in live.trained}
+        self._staying = [p for p in self._parameters if id(p) not in placed]
+        for live in engine.moving:  # what the optimizer keeps from the start
+            self._keep_state(live)
+
+    def step(self, before: Callable[[Sequence[Tensor]], None] | None = None, *, keep_gradients: bool = False) -> None:
+        """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
+
+        `keep_gradients`: for callers that look at them afterwards; else they are let go. Raises RunError of the tiers.
+        """
+        gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        for parameter in gradients:
+            parameter.grad = None
+        rows = [live for live in self._engine.moving if any(p in gradients for p in live.trained)]
+        if rows:
+            self._engine.tidy(rows[:1])
+            self._expect(rows[0], gradients)
+        staying = {p: gradients[p] for p in self._staying if p in gradients}
+        if staying:
+            self._update(staying, before)
+        for live, follower in zip_longest(rows, rows[1:]):
+            if follower is not None:
+                self._expect(follower, gradients)
+            self._row(live, gradients, before, keep_gradients)
+        if keep_gradients:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+    def _update(self, gradients: dict[nn.Parameter, Tensor], before: Callable[[Sequence[Tensor]], None] | None) -> None:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        if before is not None:
+            before(list(gradients.values()))
+        self.optimizer.step()
+        for parameter in gradients:
+            parameter.grad = None
+
+    def _expect(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> None:
+        for chunk in self._chunks(live, gradients):
+            chunk.fetch()
+
+    def _chunks(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> list[Chunk]:
+        """What of a row is to be brought for its update."""
+        away = any(isinstance(gradients.get(p), AwayGradient) for p in live.trained)
+        state = live.state if live.state is not None and live.state.tensors else None
+        return [chunk for chunk in (live.weights, live.gradients if away else None, state) if chunk is not None]
+
+    def _row(
+        self,
+        live: LiveRow,
+        gradients: dict[nn.Parameter, Tensor],
+        before: Callable[[Sequence[Tensor]], None] | None,
+        keep_gradients: bool,
+    ) -> None:
+        chunks = self._chunks(live, gradients)
+        for chunk in chunks:
+            chunk.begin()
+        own = {p: gradients[p] for p in live.trained if p in gradients}
+        self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
+        for chunk in chunks:
+            chunk.end()
+        if live.gradients is not None and live.gradients in chunks:
+            if keep_gradients:
+                live.gradients.store()
+            else:
+                live.gradients.forget()
+        if live.weights is not None:
+            live.weights.store()
+        self._keep_state(live)
+        if not keep_gradients:
+            for parameter in own:
+                del gradients[parameter]
+        self._engine.mover.settle(sum(chunk.size for chunk in chunks))
+
+    def _keep_state(self, live: LiveRow) -> None:
+        """Send what the optimizer keeps of a row to where it lives."""
+        chunk = live.state
+        if chunk is None:
+            return
+        tensors = []
+        for parameter in live.trained:
+            state = self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= SMALLEST:
+                    state[key] = own_storage(value)
+                    tensors.append(state[key])
+        if tensors and not (chunk.state is State.FREE and chunk.tensors):
+            chunk.adopt(tensors)
+            chunk.store()

@@ -1,0 +1,91 @@
+"""A training step on a placed model: the plain one, bit for bit, with its update streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from sartor.kernels.adam import MasterAdamW, norm_of_squares, square_sum
+from sartor.placement.engine import Engine
+from sartor.placement.gradients import AwayGradient
+from sartor.placement.optimizer import StreamedOptimizer
+from sartor.step import TensorBatch, TrainStep
+
+
+class PlacedStep(TrainStep):
+    """`step`, with its model's rows where an engine puts them."""
+
+    def __init__(self, step: TrainStep, engine: Engine) -> None:
+        vars(self).update(vars(step))
+        self.engine = engine
+        self.streamed = StreamedOptimizer(engine, step.optimizer)
+        self._coefficient: Tensor | None = None
+
+    def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:
+        self.engine.measure = self._norm_of if last else None
+        with self.engine.watched():
+            loss = super().micro_batch(batch, trained_tokens, last=last)
+        self.engine.measure = None
+        return loss
+
+    def clip(self) -> Tensor:
+        """The norm, from those of the tensors, taken as each was complete. The update multiplies by what clipping asks for."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norms = [self._known_norm(gradient) for gradient in gradients]
+        norm = self._total(gradients, norms)
+        if self.clip_norm > 0:  # as torch.nn.utils.clip_grad_norm_ does it
+            self._coefficient = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def _norm_of(self, gradient: Tensor) -> Tensor | float:
+        """Of one gradient: a sum of squares where masters are kept, else its norm, both by what the plain step uses."""
+        if isinstance(self.optimizer, MasterAdamW):
+            return square_sum(gradient)
+        norm: Tensor = torch._foreach_norm([gradient], 2.0)[0]
+        return norm
+
+    def _known_norm(self, gradient: Tensor) -> Tensor | float:
+        if not isinstance(gradient, AwayGradient):
+            return self._norm_of(gradient)
+        if gradient.known_norm is None:
+            absent = not gradient.home.here
+            gradient.home.hold()
+            gradient.known_norm = self._norm_of(gradient.held)
+            if absent:
+                gradient.home.drop()
+        return gradient.known_norm  # type: ignore[no-any-return]
+
+    def _total(self, gradients: Sequence[Tensor], norms: Sequence[Tensor | float]) -> Tensor:
+        if isinstance(self.optimizer, MasterAdamW):
+            squares = [norm for norm in norms if isinstance(norm, float)]
+            return norm_of_squares(squares, gradients[0].device if gradients else None)
+        if not gradients:
+            return torch.tensor(0.0)
+        empty: list[Tensor | None] = [torch.empty(0, dtype=gradient.dtype, device=gradient.device) for gradient in gradients]
+        groups = _group_tensors_by_device_and_dtype([empty], with_indices=True)  # in whose order PyTorch adds up
+        order = [place for _, places in groups.values() for place in places]
+        device = gradients[0].device
+        total: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norms[n]).to(device) for n in order]), 2.0)
+        return total
+
+    def _scale(self, gradients: Sequence[Tensor]) -> None:
+        if isinstance(self.optimizer, MasterAdamW):
+            self.optimizer.scale = self._coefficient
+        elif self._coefficient is not None:
+            torch._foreach_mul_(list(gradients), self._coefficient)
+
+    def update(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.updating = True
+        self.streamed.step(self._scale)
+        self.updating = False
+        self.discard()
+
+    def discard(self) -> None:
+        self._coefficient = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.reset()

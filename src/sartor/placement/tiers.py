@@ -1,0 +1,266 @@
+"""The lower tiers: host memory outside of the budget, and a file that nobody else sees.
+
+A tier hands out regions and copies bytes between them and memory. It knows nothing of tensors. Copies are made by worker threads
+(`Mover`), which hold no lock of Python's while they copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sartor.errors import RunError
+from sartor.job.units import format_bytes
+
+SPAN = 8 * 2**20
+"""Bytes that a worker copies at once."""
+_ALIGNMENT = 4096
+"""Of offsets, lengths and buffers in direct input and output: the page size, a multiple of every block size in use."""
+
+
+class Region(NamedTuple):
+    """Bytes on a tier."""
+
+    offset: int
+    size: int
+
+
+class Tier(Protocol):
+    """Where what does not compute lives."""
+
+    name: str
+    used_bytes: int
+    peak_bytes: int
+
+    def allocate(self, size: int) -> Region:
+        """Raises RunError where there is no room."""
+        ...
+
+    def free(self, region: Region) -> None: ...
+
+    def read(self, region: Region, start: int, size: int, address: int) -> None:
+        """`size` bytes from `start` of the region to memory."""
+        ...
+
+    def write(self, region: Region, start: int, size: int, address: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HostTier:
+    """Main memory."""
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self._slabs: dict[int, torch.Tensor] = {}
+        self._count = 0
+        self.used_bytes = self.peak_bytes = 0
+
+    def allocate(self, size: int) -> Region:
+        self._count += 1
+        self._slabs[self._count] = torch.empty(size, dtype=torch.uint8)
+        self.used_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return Region(self._count, size)
+
+    def free(self, region: Region) -> None:
+        del self._slabs[region.offset]
+        self.used_bytes -= region.size
+
+    def read(self, region: Region, start: int, size: int, address: int) -> None:
+        ctypes.memmove(address, self._slabs[region.offset].data_ptr() + start, size)
+
+    def write(self, region: Region, start: int, size: int, address: int) -> None:
+        ctypes.memmove(self._slabs[region.offset].data_ptr() + start, address, size)
+
+    def close(self) -> None:
+        self._slabs.clear()
+
+
+class DiskTier:
+    """One file without a name: gone when the process ends, however it ends. Read and written past the page cache where the file
+    system can, so that what is on disk takes no memory."""
+
+    name = "disk"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor, self.direct = _open(folder)
+        self._end = 0
+        self._holes: defaultdict[int, list[int]] = defaultdict(list)
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self.used_bytes = self.peak_bytes = 0
+
+    def require(self, size: int) -> None:
+        """Raises RunError where the disk has not so much room."""
+        free = shutil.disk_usage(self._folder).free
+        if free < size:
+            raise RunError(
+                f"{format_bytes(size)} of the run are to live on disk, {self._folder} has {format_bytes(free)} left",
+                why="weights, gradients and optimizer state that do not fit in memory are kept in a file there",
+                remedy="free some space, or point TMPDIR at a larger disk",
+            )
+
+    def allocate(self, size: int) -> Region:
+        taken = _rounded(size)
+        with self._lock:
+            holes = self._holes[taken]
+            if holes:
+                offset = holes.pop()
+            else:
+                self._grow(taken)
+                offset = self._end
+                self._end += taken
+            self.used_bytes += taken
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return Region(offset, size)
+
+    def _grow(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._descriptor, self._end, size)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                os.ftruncate(self._descriptor, self._end + size)
+            else:
+                raise _failed("grow", self._folder, error) from error
+
+    def free(self, region: Region) -> None:
+        taken = _rounded(region.size)
+        with self._lock:
+            self._holes[taken].append(region.offset)
+            self.used_bytes -= taken
+
+    def read(self, region: Region, start: int, size: int, address: int) -> None:
+        buffer, place = self._staging()
+        for first in range(0, size, SPAN):
+            count = min(SPAN, size - first)
+            taken = _rounded(count)
+            try:
+                got = os.preadv(self._descriptor, [buffer[:taken]], region.offset + start + first)
+            except OSError as error:
+                raise _failed("read", self._folder, error) from error
+            if got < count:
+                raise _failed("read", self._folder, OSError(errno.EIO, f"{got} of {count} bytes came back"))
+            ctypes.memmove(address + first, place, count)
+
+    def write(self, region: Region, start: int, size: int, address: int) -> None:
+        buffer, place = self._staging()
+        for first in range(0, size, SPAN):
+            count = min(SPAN, size - first)
+            taken = _rounded(count)
+            ctypes.memmove(place, address + first, count)
+            try:
+                put = os.pwritev(self._descriptor, [buffer[:taken]], region.offset + start + first)
+            except OSError as error:
+                raise _failed("write", self._folder, error) from error
+            if put < taken:
+                raise _failed("write", self._folder, OSError(errno.ENOSPC, f"{put} of {taken} bytes were taken"))
+            if not self.direct:
+                os.posix_fadvise(self._descriptor, region.offset + start + first, taken, os.POSIX_FADV_DONTNEED)
+
+    def _staging(self) -> tuple[memoryview, int]:
+        """A buffer of the calling thread that starts on a page."""
+        if not hasattr(self._local, "buffer"):
+            pages = mmap.mmap(-1, SPAN)
+            self._local.buffer = memoryview(pages)
+            self._local.place = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        return self._local.buffer, self._local.place
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _open(folder: Path) -> tuple[int, bool]:
+    """A file in `folder` that has no name any more, and whether it is open for direct input and output."""
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="sartor-", dir=folder)
+        try:
+            if direct:
+                try:
+                    again = os.open(name, os.O_RDWR | direct)
+                except OSError:  # a file system that keeps everything in memory has none
+                    return descriptor, False
+                os.close(descriptor)
+                return again, True
+            return descriptor, False
+        finally:
+            Path(name).unlink()
+    except OSError as error:
+        raise _failed("open", folder, error) from error
+
+
+def _failed(deed: str, folder: Path, error: OSError) -> RunError:
+    """What a person is told when the disk does not do its part."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return RunError(
+        f"could not {deed} the file in {folder} where the run keeps what does not fit in memory",
+        why="the disk is full" if full else error.strerror or str(error),
+        remedy=("free some space there, or point TMPDIR at a larger disk" if full else "point TMPDIR at another disk")
+        + "; --resume goes on from the last checkpoint, which is intact",
+    )
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Mover:
+    """Worker threads that copy, and what is under way to a lower tier."""
+
+    def __init__(self, *, workers: int = 2) -> None:
+        self._readers = ThreadPoolExecutor(workers, "sartor-read")
+        self._writers = ThreadPoolExecutor(workers, "sartor-write")
+        self._leaving: deque[tuple[list[Future[None]], int, Callable[[], None]]] = deque()
+        self.leaving_bytes = 0
+        self.read_bytes = self.written_bytes = 0
+
+    def read(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
+        self.read_bytes += region.size
+        return self._spread(self._readers, tier.read, region, address)
+
+    def write(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
+        self.written_bytes += region.size
+        return self._spread(self._writers, tier.write, region, address)
+
+    def _spread(
+        self, pool: ThreadPoolExecutor, copy: Callable[[Region, int, int, int], None], region: Region, address: int
+    ) -> list[Future[None]]:
+        return [
+            pool.submit(copy, region, first, min(SPAN, region.size - first), address + first)
+            for first in range(0, region.size, SPAN)
+        ]
+
+    def leaving(self, copies: list[Future[None]], size: int, done: Callable[[], None]) -> None:
+        """`size` bytes are on their way; `done` is called by `settle` when they have arrived."""
+        self._leaving.append((copies, size, done))
+        self.leaving_bytes += size
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most `most` bytes are on their way. Raises RunError where a copy failed."""
+        while self._leaving and (self.leaving_bytes > most or all(copy.done() for copy in self._leaving[0][0])):
+            copies, size, done = self._leaving.popleft()
+            self.leaving_bytes -= size
+            for copy in copies:
+                copy.result()
+            done()
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
