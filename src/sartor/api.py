@@ -17,6 +17,7 @@ from sartor import job as jobs
 from sartor.data import DataSets, prepare
 from sartor.errors import JobError
 from sartor.job import Job
+from sartor.launch.local import run as launch
 from sartor.methods import traits
 from sartor.model import load_tokenizer, resolve
 from sartor.plan import Plan, make, max_length
@@ -25,7 +26,7 @@ from sartor.plan.compare import compare as make_comparison
 from sartor.plan.inference import InferencePlan, make_inference
 from sartor.report import write_report
 from sartor.serve import Judge
-from sartor.train import Observer, Run, fit, read_metrics
+from sartor.train import Observer, Run, read_metrics
 
 JobLike = Job | str | Path | Mapping[str, Any]
 
@@ -75,7 +76,7 @@ def train(what: Plan | JobLike, *, resume: str | None = None, observers: Sequenc
     """
     chosen = what if isinstance(what, Plan) else plan(what)
     judge = Judge(chosen.job.evaluation, Path(chosen.job.output))
-    run = fit(chosen, resume=resume, observers=[judge, *observers])
+    run = launch(chosen, resume=resume, observers=[judge, *observers])
     before, after = judge.exact_match()
     run = dataclasses.replace(run, answers=judge.answers, exact_match_before=before, exact_match_after=after)
     run.save()

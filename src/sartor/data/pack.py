@@ -38,6 +38,21 @@ class Batch:
     """Of every row, the lengths of its examples from its start on; nothing where it is not known."""
 
 
+def shares(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, ranks: int) -> list[list[int]]:
+    """A step's examples distributed over `ranks`: as many tokens each as can be, and none more than its part of the examples,
+    rounded up. The longest first, each to the rank that has least."""
+    if ranks == 1:
+        return [[int(index) for index in indices]]
+    most = -(-len(indices) // ranks)
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted((int(index) for index in indices), key=lambda index: (-int(lengths[index]), index)):
+        rank = min((rank for rank in range(ranks) if len(found[rank]) < most), key=lambda rank: (tokens[rank], rank))
+        found[rank].append(index)
+        tokens[rank] += int(lengths[index])
+    return found
+
+
 def fill_rows(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, *, capacity: int, packing: bool) -> list[list[int]]:
     """Distribute examples over rows: first fit decreasing when packing, else one a row; longest rows first."""
     by_length = sorted((int(index) for index in indices), key=lambda index: (-int(lengths[index]), index))
@@ -106,7 +121,7 @@ def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: b
 
 def step_batches(
     samples: TokenSet,
-    indices: np.ndarray,
+    indices: Sequence[int] | np.ndarray,
     *,
     capacity: int,
     packing: bool,

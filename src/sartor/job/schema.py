@@ -212,6 +212,12 @@ class StrategyJob:
         "on a CPU with a C++ compiler: norms, rotary positions and gates of models whose code is known run in compiled loops, "
         "one pass over memory each",
     )
+    processes: Literal["auto"] | int = option(
+        "auto",
+        "on a CPU: processes that share the examples of a step, each bound to its cores and their memory; `auto`: one a NUMA "
+        "cluster, one where there is no NUMA",
+        at_least=1,
+    )
     expandable_segments: Literal["auto"] | bool = option(
         "auto",
         "let the segments of PyTorch's CUDA allocator grow, so that varying lengths do not fragment it; `auto`: yes, unless "

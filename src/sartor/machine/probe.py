@@ -114,9 +114,14 @@ def probe(wanted: MachineJob | None = None, *, folders: Iterable[Path] = ()) -> 
     )
 
 
+def usable_cpus() -> frozenset[int]:
+    """The logical processors that this process may run on, by number."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def usable_cores(root: Path = ROOT) -> int:
     """Logical processors that this process may use: its affinity, and the quota of its control groups rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cpus())
     quota = processor_limit(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 

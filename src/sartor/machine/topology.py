@@ -6,7 +6,7 @@ Every function takes the root of the file system, so that another machine's file
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,15 @@ def physical_cores(cpus: Iterable[int], root: Path = ROOT) -> set[tuple[int, ...
             cores.add(siblings)
             seen.update(siblings)
     return cores
+
+
+def clusters(topology: Topology | None, usable: Collection[int]) -> tuple[tuple[NumaNode, tuple[int, ...]], ...]:
+    """NUMA nodes that have processors which this process may use, each with these; none where the machine is not known or has a
+    single one."""
+    nodes = topology.nodes if topology is not None else ()
+    found = [(node, tuple(cpu for cpu in node.cpus if cpu in usable)) for node in nodes]
+    used = tuple((node, cpus) for node, cpus in found if cpus)
+    return used if len(used) > 1 else ()
 
 
 def parse_list(text: str) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class Estimator:
         return self.timing.forecast(strategy, stages, traced_positions=positions)
 
     def _accumulated(self, strategy: Strategy) -> bool:
-        return self.setting.order.global_batch > strategy.micro_batch * strategy.layout.data
+        return self.setting.order.global_batch > strategy.micro_batch * strategy.layout.data * strategy.processes
 
     def _sketch_of(self, strategy: Strategy) -> Sketch:
         return self._sketch(strategy.recompute, strategy.attention, strategy.layout.devices > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sartor.plan.drift import with_drift
+from sartor.plan.processes import part_of
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, forecast_memory
@@ -13,7 +14,7 @@ def forecast_of(setting: Setting, strategy: Strategy) -> MemoryForecast:
     forecast = forecast_memory(
         setting.job,
         setting.source,
-        setting.machine,
+        part_of(setting.machine, strategy.processes),
         largest_steps(setting.sets.train, setting.order, strategy),
         precision=setting.precision,
         recompute=strategy.recompute,

@@ -20,6 +20,7 @@ from sartor.parallel.tensor import check_split, refuse_adapters
 from sartor.plan.estimate import Estimator
 from sartor.plan.forecast import forecast_of
 from sartor.plan.plan import Rejected
+from sartor.plan.processes import possible_processes
 from sartor.plan.setting import Setting
 from sartor.plan.space import candidates
 from sartor.plan.strategy import Strategy
@@ -54,8 +55,25 @@ class _Estimated:
 
 
 def search(setting: Setting, row_capacity: int) -> Choice:
-    """The fastest candidate that fits, else the fastest that is tight, else the smallest. Raises JobError."""
-    everything, impossible = _possible(setting, list(candidates(setting, row_capacity)))
+    """The fastest candidate that fits, else the fastest that is tight, else the smallest. Raises JobError.
+
+    One process a NUMA cluster comes first, whatever the forecast of its time: rates are those of the machine as a whole, and do
+    not know how much of its memory is far from a core.
+    """
+    rejected: tuple[Rejected, ...] = ()
+    for processes in possible_processes(setting.job, setting.machine):
+        choice = _search(setting, row_capacity, processes)
+        choice = dataclasses.replace(choice, rejected=(*rejected, *choice.rejected))
+        if choice.forecast.verdict != "does not fit":
+            break
+        failed = Rejected(strategy=choice.strategy, reason=choice.forecast.reason, process_bytes=choice.forecast.process_bytes)
+        rejected = (*choice.rejected, failed)
+    return choice
+
+
+def _search(setting: Setting, row_capacity: int, processes: int) -> Choice:
+    """Among strategies of so many processes."""
+    everything, impossible = _possible(setting, list(candidates(setting, row_capacity, processes)))
     rates = rates_of(setting.machine)
     timing = None if rates is None else Timing(setting, rates)
     if timing is None or len(everything) == 1:
@@ -136,8 +154,9 @@ class _Walk:
         """Forecast in order of time until one fits. `beyond`: slower ones wait, since others may be faster than they are."""
         while self.waiting and (beyond is None or self.waiting[0].seconds <= beyond):
             entry = self.waiting.pop(0)
-            if entry.bytes > HOPELESS * self.room:
-                self._reject(entry.strategy, f"does not fit: about {format_bytes(entry.bytes)} of {format_bytes(self.room)}")
+            room = self.room // entry.strategy.processes
+            if entry.bytes > HOPELESS * room:
+                self._reject(entry.strategy, f"does not fit: about {format_bytes(entry.bytes)} of {format_bytes(room)}")
                 self.rejected[-1] = dataclasses.replace(self.rejected[-1], step_seconds=entry.seconds)
                 continue
             forecast = self._forecast(entry.strategy)

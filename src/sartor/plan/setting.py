@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sartor.data import DataSets, TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded
+from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded, shares
 from sartor.job import Job
 from sartor.machine import Machine
 from sartor.methods import MethodTraits
@@ -55,14 +55,20 @@ def largest_steps(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> L
 
     The first step finds no optimizer state; where it is not larger than a later one, that one stands for both. In a pipeline
     every micro-batch is of the largest one's shape, and there are as many as a step has, since several are under way at once.
+    Of several processes, what each computes of a step counts as one.
     """
-    steps = [_groups(samples, order, strategy, step) for step in range(min(order.total_steps, MOST_STEPS))]
+    steps = [
+        _groups(samples, part, strategy)
+        for step in range(min(order.total_steps, MOST_STEPS))
+        for part in shares(order.indices(step), samples.lengths, strategy.processes)
+        if part
+    ]
     if strategy.layout.pipeline > 1:
         most = max(-(-len(groups) // strategy.layout.data) for groups in steps)
         largest = _largest(samples, [groups[0] for groups in steps])
         batch = collate(samples, largest, pad_id=0, packing=strategy.packing)
         return LargestSteps.alike([batch] * most, steps=order.total_steps)
-    first, later = (_standing(samples, some, strategy) for some in (steps[:1], steps[1:]))
+    first, later = (_standing(samples, some, strategy) for some in (steps[: strategy.processes], steps[strategy.processes :]))
     if len(first) <= len(later) and all(
         _size(samples, one) <= _size(samples, other) for one, other in zip(first, later, strict=False)
     ):
@@ -86,9 +92,9 @@ _Group = list[list[int]]
 """The rows of a micro-batch, each the examples in it."""
 
 
-def _groups(samples: TokenSet, order: BatchOrder, strategy: Strategy, step: int) -> list[_Group]:
-    """The first micro-batch of a step, and the others in the order of their rows."""
-    rows = fill_rows(order.indices(step), samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
+def _groups(samples: TokenSet, indices: Sequence[int], strategy: Strategy) -> list[_Group]:
+    """The first micro-batch of these examples of a step, and the others in the order of their rows."""
+    rows = fill_rows(indices, samples.lengths, capacity=strategy.row_capacity, packing=strategy.packing)
     return micro_batches(rows, strategy.micro_batch, joined=strategy.joined)
 
 

@@ -14,8 +14,8 @@ FULL_MICRO_BATCH_TOKENS = 8192
 """A micro-batch of so many tokens keeps any device busy; a larger one costs memory and gains nothing."""
 
 
-def candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
-    """Strategies that honour what the job pins: large micro-batches first, those that recompute last."""
+def candidates(setting: Setting, row_capacity: int, processes: int = 1) -> Iterator[Strategy]:
+    """Strategies of so many processes that honour what the job pins: large micro-batches first, those that recompute last."""
     job, wanted = setting.job, setting.job.strategy
     again_possible = setting.method.recompute
     if wanted.recompute == "full" and not again_possible:
@@ -26,12 +26,12 @@ def candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
     layouts = possible_layouts(wanted, setting.machine, global_batch=job.training.global_batch)
     choices = {"none": (False,), "full": (True,), "auto": (False, True) if again_possible else (False,)}
     for recompute, layout in itertools.product(choices[wanted.recompute], layouts):
-        busy = min(job.training.global_batch // layout.data, max(FULL_MICRO_BATCH_TOKENS // longest, 1))
+        busy = min(-(-job.training.global_batch // (layout.data * processes)), max(FULL_MICRO_BATCH_TOKENS // longest, 1))
         sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(busy)
         for micro_batch in sizes:
             yield Strategy(
                 device=setting.machine.device.torch_name,
-                threads=setting.machine.threads,
+                threads=setting.machine.threads // processes,
                 precision=setting.precision,
                 packing=setting.packing,
                 row_capacity=row_capacity,
@@ -39,6 +39,7 @@ def candidates(setting: Setting, row_capacity: int) -> Iterator[Strategy]:
                 recompute=recompute,
                 attention=setting.attention,
                 layout=layout,
+                processes=processes,
                 expandable_segments=setting.expandable_segments,
             )
 

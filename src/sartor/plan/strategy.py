@@ -27,6 +27,8 @@ class Strategy:
     """transformers' name of the attention kernel; None leaves it to transformers."""
     layout: Layout = field(default_factory=Layout)
     """Over how many devices, and how."""
+    processes: int = 1
+    """On a CPU: processes of `threads` threads each that share the examples of a step."""
     expandable_segments: bool = False
     """Whether the segments of PyTorch's CUDA allocator grow in place; there are none on other devices."""
 
@@ -44,6 +46,8 @@ class Strategy:
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""
         devices = f"{self.layout.devices} x {self.device.partition(':')[0]}, {self.layout.describe()}"
-        where = devices if self.layout.devices > 1 else self.device
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        several = f"{self.processes} processes of {threads} on " if self.processes > 1 else ""
+        where = devices if self.layout.devices > 1 else several + self.device
         start = f"{where}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
         return f"{start}, {activations}{attention}{fixed}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
+
+import torch
 
 from sartor.data.pack import collate
 from sartor.machine import Machine
-from sartor.machine.calibration import load_calibration
+from sartor.machine.calibration import CollectiveRate, load_calibration
+from sartor.plan.processes import with_sums
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
-from sartor.predict import MemoryForecast
+from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.operations import Operations
 from sartor.predict.rates import CalibratedRates, CatalogueRates, Rates
 from sartor.predict.target import Target
@@ -45,7 +48,14 @@ class Timing:
 
     def workload(self, strategy: Strategy) -> Workload:
         """What the run's average step holds under a strategy."""
-        return self._sampled(strategy.micro_batch, strategy.packing, strategy.joined, strategy.row_capacity, strategy.layout.data)
+        return self._sampled(
+            strategy.micro_batch,
+            strategy.packing,
+            strategy.joined,
+            strategy.row_capacity,
+            strategy.layout.data,
+            strategy.processes,
+        )
 
     def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: float) -> TimeForecast:
         """`stages`: what a rank of each traced pipeline stage computes for micro-batches of so many positions."""
@@ -57,9 +67,23 @@ class Timing:
             total_steps=workload.total_steps,
             scale=workload.positions / traced_positions,
         )
-        return forecast_time(
+        whole = forecast_time(
             stages, rates=self.rates, layout=strategy.layout, network=self.network, work=work, expenses=self.expenses
         )
+        return whole if strategy.processes == 1 else with_sums(whole, strategy.processes, self._gradient_bytes, self._sums)
+
+    @cached_property
+    def _gradient_bytes(self) -> int:
+        """Of all that trains, in the format of what trains."""
+        setting = self.setting
+        width = getattr(torch, setting.precision.trained).itemsize
+        return int(width * count_trained(setting.job, setting.source, setting.precision))
+
+    @cached_property
+    def _sums(self) -> tuple[CollectiveRate, ...]:
+        """Measured between processes of this machine."""
+        calibration = load_calibration(self.setting.machine)
+        return () if calibration is None else calibration.collectives
 
     def of_forecast(self, strategy: Strategy, forecast: MemoryForecast) -> TimeForecast:
         """The time of what was forecast. Memory is that of the largest step; where the average micro-batch is much smaller, it is
@@ -93,7 +117,7 @@ class Timing:
         )
         return ledger.operations, int(batch.input_ids_RT.size)
 
-    def _sample(self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int) -> Workload:
+    def _sample(self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int, processes: int) -> Workload:
         return sample_workload(
             self.setting.sets.train,
             self.setting.order,
@@ -102,4 +126,5 @@ class Timing:
             micro_batch=micro_batch,
             joined=joined,
             data_ranks=ranks,
+            processes=processes,
         )

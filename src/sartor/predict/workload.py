@@ -9,7 +9,7 @@ import numpy as np
 
 from sartor.data import TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import fill_rows, micro_batches
+from sartor.data.pack import fill_rows, micro_batches, shares
 
 SAMPLED_STEPS = 64
 """Evenly spread over the run; steps are random draws of the same data."""
@@ -20,7 +20,7 @@ class Workload:
     """Of the steps looked at."""
 
     micro_batches: float
-    """Of a rank in a step, on average."""
+    """Of a rank in a step, on average; of all processes of a CPU."""
     tokens: float
     """Of a step, padding not counted."""
     sequences: float
@@ -40,15 +40,20 @@ def sample_workload(
     micro_batch: int,
     joined: bool = False,
     data_ranks: int = 1,
+    processes: int = 1,
 ) -> Workload:
-    """Look at steps of the run, in its own order, cut into micro-batches as a strategy does."""
+    """Look at steps of the run, in its own order, cut into micro-batches as a strategy does: those of all `processes` together,
+    which share a machine and its rates."""
     steps = np.unique(np.linspace(0, order.total_steps - 1, SAMPLED_STEPS).astype(int))
     groups: list[list[list[int]]] = []
     counts, tokens, sequences = [], 0, 0
     for step in steps:
         indices = order.indices(int(step))
-        rows = fill_rows(indices, samples.lengths, capacity=capacity, packing=packing)
-        cut = micro_batches(rows, micro_batch, joined=joined)
+        parts = [
+            fill_rows(part, samples.lengths, capacity=capacity, packing=packing)
+            for part in shares(indices, samples.lengths, processes)
+        ]
+        cut = [group for rows in parts for group in micro_batches(rows, micro_batch, joined=joined)]
         groups += cut
         counts.append(-(-len(cut) // data_ranks))
         tokens += int(samples.lengths[indices].sum())

@@ -5,15 +5,18 @@ from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.optim import learning_rate
 from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import FAST_BF16, Precision
+from sartor.step.processes import GradientSum, World
 from sartor.step.step import Gradients, TrainStep
 
 __all__ = [
     "FAST_BF16",
+    "GradientSum",
     "Gradients",
     "Precision",
     "SumLoss",
     "TensorBatch",
     "TrainStep",
+    "World",
     "cannot_pack",
     "learning_rate",
     "make_step",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sartor.kernels.adam import MasterAdamW, gradient_norm
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.precision import Precision
+from sartor.step.processes import GradientSum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,15 @@ class TrainStep:
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
         self.loss = SumLoss(model, kind=loss, device_kind=kind or device_kind)
         self.reduce_once = reduce_once
+        self.shared: GradientSum | None = None
+        """Where several processes compute a step."""
         self.updating = False
         """Whether weights are being changed, or were when an update failed."""
 
-    def backward(self, batches: Sequence[TensorBatch], trained_tokens: int) -> Gradients:
-        """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all)."""
-        losses = self.accumulate(batches, trained_tokens)
+    def backward(self, batches: Sequence[TensorBatch], trained_tokens: int, *, several: bool = False) -> Gradients:
+        """Accumulate the gradient of (summed loss / trained_tokens) and clip it to `clip_norm` (0: not at all). `several`: some
+        process of the step has several micro-batches."""
+        losses = self.accumulate(batches, trained_tokens, several=several)
         return Gradients(losses=losses, norm=self.clip())
 
     def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int, *, several: bool = False) -> list[Tensor]:
@@ -61,7 +65,11 @@ class TrainStep:
         for number, batch in enumerate(batches):
             if self.reduce_once:
                 self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
+            if self.shared is not None and number == len(batches) - 1:
+                self.shared.begin()
             losses.append(self.micro_batch(batch, trained_tokens, last=number == len(batches) - 1 and not several))
+        if self.shared is not None:
+            self.shared.finish()
         return losses
 
     def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop: the only one. Read it from top to bottom.
 
 fit            prepare → (evaluate) → steps → (evaluate) → publish → record
+assist         the same steps in a further process, which writes nothing
 _train         the steps themselves
 _evaluate      held-out loss
 """
@@ -19,7 +20,7 @@ from sartor.errors import Interrupted, RunError
 from sartor.job import to_yaml
 from sartor.kernels.fuse import unfuse
 from sartor.plan import Plan
-from sartor.step import TensorBatch, learning_rate
+from sartor.step import TensorBatch, World, learning_rate
 from sartor.train import checkpoint as saved
 from sartor.train import folder as files
 from sartor.train.checkpoint import Progress, TrainState
@@ -33,20 +34,23 @@ from sartor.train.signals import StopRequest, stop_requests
 RESUME_LATEST = "latest"
 
 
-def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] = ()) -> Run:
+def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] = (), world: World | None = None) -> Run:
     """Run `plan` to its end and record what happened.
 
-    `resume`: "latest", or the name of a checkpoint; the run then goes on exactly as if it had never stopped.
+    `resume`: "latest", or the name of a checkpoint; the run then goes on exactly as if it had never stopped. `world`: the
+    processes that share the steps, of which this is the first.
     Raises Interrupted after a stop signal (everything saved), RunError or UsageError with the remedy.
     """
-    check_runnable(plan)
+    world = world or World()
+    check_runnable(plan, world)
     with files.owned(Path(plan.job.output), resume=resume is not None) as folder:
         watchers = Observers(*observers)
         # -- 1. where the run stands, and its live objects
         wanted = None if resume == RESUME_LATEST else resume
         checkpoint = saved.find(folder, wanted, watchers.said) if resume is not None else None
         reset_peaks(plan)
-        bench = set_up(plan, checkpoint, watchers.said)
+        world.lead((plan, checkpoint))
+        bench = set_up(plan, checkpoint, watchers.said, world)
         state = TrainState(step=bench.step, tokenizer=bench.tokenizer, adapter=plan.traits.adapter)
         if checkpoint is None:
             progress = Progress(step=0, seconds=0.0, tokens=0, trained_tokens=0, identity=identity(plan, bench.sets))
@@ -89,6 +93,19 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         return run
 
 
+def assist(world: World) -> None:
+    """Take part in the run of the world's first process, to its end or to a stop signal."""
+    plan, checkpoint = world.lead()
+    bench = set_up(plan, checkpoint, lambda _: None, world)
+    state = TrainState(step=bench.step, tokenizer=bench.tokenizer, adapter=plan.traits.adapter)
+    progress = Progress(step=0, seconds=0.0, tokens=0, trained_tokens=0, identity="")
+    if checkpoint is not None:
+        progress = saved.read_progress(checkpoint)
+        saved.restore(checkpoint, state)
+    with stop_requests() as stop:
+        _train(plan, bench, state, progress, Path(plan.job.output), Observer(), stop)
+
+
 def _train(
     plan: Plan, bench: Workbench, state: TrainState, progress: Progress, folder: Path, watchers: Observer, stop: StopRequest
 ) -> tuple[Plan, Progress]:
@@ -98,19 +115,21 @@ def _train(
     watchers.started(progress.step, plan.total_steps)
     if progress.step == 0 and bench.sets.held_out is not None:
         progress = _evaluate(plan, bench, progress, watchers)
-    while progress.step < plan.total_steps and not stop:
+    world = bench.world
+    while progress.step < plan.total_steps and not any(world.sum(bool(stop))):
         try:
             progress = _step(plan, bench, progress, watchers)
             shortage = None
         except RunError:  # a loss that is not finite: the step was not taken, the weights are good
-            saved.save(folder, state, progress)
+            if world.leads:
+                saved.save(folder, state, progress)
             raise
         except (RuntimeError, MemoryError) as error:
             shortage = shortage_of(error, bench)
             if shortage is None:
                 raise
         if shortage is not None:  # the error is gone by now, and what its frames held
-            if not shortage.updating:
+            if world.leads and not shortage.updating:
                 saved.save(folder, state, progress)
             plan = recover(plan, bench, shortage, progress.step, watchers.said)
             files.write_text(folder / "plan.yaml", plan.to_yaml())
@@ -119,7 +138,7 @@ def _train(
         if bench.sets.held_out is not None and (last or _due(evaluation.every, progress.step)):
             progress = _evaluate(plan, bench, progress, watchers)
         is_best = training.keep_best and progress.best_step == progress.step
-        if last or stop or is_best or _due(training.save_every, progress.step):
+        if world.leads and (last or stop or is_best or _due(training.save_every, progress.step)):
             watchers.saved(saved.save(folder, state, progress))
             best = {progress.best_step} if training.keep_best and progress.best_step else set()
             saved.prune(folder, keep_last=training.keep_last, keep=best)
@@ -130,15 +149,19 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     """One optimizer step. Raises RunError, naming the examples, where loss or gradient is not finite."""
     start = time.perf_counter()
     bench.step.model.train()
+    bench.world.seed(plan.job.training.seed, progress.step)
     # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
-    batches = bench.batches(plan, bench.sets.train, bench.order.indices(progress.step))
-    trained_tokens = sum(batch.trained_tokens for batch in batches)
+    indices = bench.order.indices(progress.step)
+    batches, several = bench.batches(plan, bench.sets.train, indices), bench.accumulates(plan, bench.sets.train, indices)
+    trained_tokens = int(bench.sets.train.trained_counts[indices].sum())
 
     # The loss is normalised by the trained tokens of the whole step: averaging micro-batches would weigh a token by the
     # company it happens to be in (torchtune#1875).
-    gradients = bench.step.backward([TensorBatch.of(batch, plan.strategy.device) for batch in batches], trained_tokens)
-    losses, norm = torch.stack(gradients.losses).tolist(), float(gradients.norm)
-    if not all(map(math.isfinite, [*losses, norm])):
+    tensors = [TensorBatch.of(batch, plan.strategy.device) for batch in batches]
+    gradients = bench.step.backward(tensors, trained_tokens, several=several)
+    losses, norm = torch.stack(gradients.losses).tolist() if batches else [], float(gradients.norm)
+    (loss,) = bench.world.sum(sum(losses))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         bench.step.discard()
         raise not_finite(bench, batches, losses, norm, progress.step)
 
@@ -147,7 +170,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     rate = learning_rate(progress.step, plan.total_steps, training, peak=training.learning_rate)
     bench.step.update(rate)
 
-    tokens, seconds = sum(batch.tokens for batch in batches), time.perf_counter() - start
+    tokens, seconds = int(bench.sets.train.lengths[indices].sum()), time.perf_counter() - start
     progress = dataclasses.replace(
         progress,
         step=progress.step + 1,
@@ -159,7 +182,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
         StepRecord(
             step=progress.step,
             epoch=bench.order.epoch_of(progress.step),
-            loss=sum(losses) / trained_tokens,
+            loss=loss / trained_tokens,
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
@@ -178,14 +201,15 @@ def _evaluate(plan: Plan, bench: Workbench, progress: Progress, watchers: Observ
     assert held_out is not None, "called only where something is held out"
     bench.step.model.eval()
     count = min(len(held_out), plan.job.evaluation.examples or len(held_out))
-    total, tokens, group = 0.0, 0, plan.job.training.global_batch
+    total, tokens, group = 0.0, 0.0, plan.job.training.global_batch
     for first in range(0, count, group):
         for batch in bench.batches(plan, held_out, range(first, min(first + group, count))):
             with bench.step.precision.autocast(bench.step.device_kind):
                 total += float(bench.step.loss(bench.step.model, TensorBatch.of(batch, plan.strategy.device)))
             tokens += batch.trained_tokens
+    total, tokens = bench.world.sum(total, tokens)
     loss = total / tokens
-    watchers.evaluated(EvalRecord(step=progress.step, eval_loss=loss, eval_tokens=tokens))
+    watchers.evaluated(EvalRecord(step=progress.step, eval_loss=loss, eval_tokens=int(tokens)))
     first_loss = loss if progress.first_eval_loss is None else progress.first_eval_loss
     progress = dataclasses.replace(progress, first_eval_loss=first_loss, last_eval_loss=loss)
     if progress.step > 0 and math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):

@@ -91,7 +91,8 @@ def _version(package: str) -> str:
 
 def not_finite(bench: Workbench, batches: list[Batch], losses: list[float], norm: float, step: int) -> RunError:
     """Names the examples whose loss is not finite, or says that the gradient is."""
-    guilty = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    own = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    guilty = [batch for some in bench.world.gather(own) for batch in some]
     examples = [example for batch in guilty or batches for example in batch.examples]
     sources = ", ".join(bench.sets.train.source(example) for example in examples[:8])
     more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""

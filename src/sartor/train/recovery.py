@@ -69,6 +69,12 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
             why="it ran out while the weights were updated, so they cannot be gone on with",
             remedy="--resume goes on from the last checkpoint; a smaller strategy.micro_batch, or other programs closed, first",
         )
+    if bench.world.size > 1:
+        raise RunError(
+            wrong,
+            why="the other processes of the step are waiting, and cannot go on differently",
+            remedy="--resume with a smaller strategy.micro_batch, or with fewer strategy.processes",
+        )
     give_back_freed_memory()
     room = min(plan.forecast.available_bytes * forecast // max(measured, forecast), measured, int(LESS * forecast))
     try:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sartor.data import DataSets, TokenSet, prepare
 from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, step_batches
+from sartor.data.pack import Batch, fill_rows, shares, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.kernels.native import missing
@@ -26,7 +26,7 @@ from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
-from sartor.step import TrainStep, make_step, make_trainable, mixes_examples
+from sartor.step import GradientSum, TrainStep, World, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
 
@@ -40,15 +40,16 @@ class Workbench:
     order: BatchOrder
     pad_id: int
     packing: bool
+    world: World
     reserve: Reserve = field(default_factory=Reserve)
     """Given back when memory has run out, so that the next plan can be made."""
 
     def batches(self, plan: Plan, samples: TokenSet, indices: Any) -> list[Batch]:
-        """The micro-batches of these examples, as the strategy cuts them."""
+        """This process's micro-batches of these examples, as the strategy cuts them."""
         strategy = plan.strategy
         return step_batches(
             samples,
-            indices,
+            shares(indices, samples.lengths, self.world.size)[self.world.rank],
             capacity=strategy.row_capacity,
             packing=self.packing,
             micro_batch=strategy.micro_batch,
@@ -56,8 +57,17 @@ class Workbench:
             joined=self.packing and strategy.joined,
         )
 
+    def accumulates(self, plan: Plan, samples: TokenSet, indices: Any) -> bool:
+        """Whether another process has several micro-batches of these examples, where there are others."""
+        if self.world.size == 1:
+            return False
+        capacity, packing = plan.strategy.row_capacity, self.packing
+        parts = shares(indices, samples.lengths, self.world.size)
+        rows = [fill_rows(part, samples.lengths, capacity=capacity, packing=packing) for part in parts]
+        return max(map(len, rows)) > plan.strategy.micro_batch
 
-def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> Workbench:
+
+def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], world: World) -> Workbench:
     """Build the run of `plan`; with a checkpoint of a full fine-tune, the model comes from there.
 
     Raises ModelError, DataError or JobError of the rooms below.
@@ -83,6 +93,8 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
+    if world.size > 1:
+        step.shared = GradientSum(step.parameters, world)
     _say_what_is_slow(step, strategy.device, say)
     return Workbench(
         step=step,
@@ -91,6 +103,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None]) -> W
         order=batch_order(job, sets),
         pad_id=pad_id(tokenizer),
         packing=packing,
+        world=world,
     )
 
 
@@ -148,6 +161,8 @@ def identity(plan: Plan, sets: DataSets) -> str:
         del tree[key]
     for key in ("save_every", "keep_last", "keep_best", "tensorboard"):
         del tree["training"][key]
+    for key in ("micro_batch", "recompute", "processes"):  # which change how sums are rounded, and may be what stopped the run
+        del tree["strategy"][key]
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
     digest.update(sets.train.lengths.tobytes())
     digest.update(sets.train.trained_counts.tobytes())
@@ -166,8 +181,8 @@ def check_identity(plan: Plan, sets: DataSets, stored: str) -> None:
         )
 
 
-def check_runnable(plan: Plan) -> None:
-    """Raises UsageError for a plan made for another machine, RunError under a launcher of several processes."""
+def check_runnable(plan: Plan, world: World) -> None:
+    """Raises UsageError for a plan made for another machine, RunError where there are other processes than the plan's."""
     if plan.machine.elsewhere:
         raise UsageError(
             f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
@@ -183,9 +198,10 @@ def check_runnable(plan: Plan) -> None:
             why="its gradients underflow without loss scaling, which this version does not do",
             remedy="quantise.compute=bfloat16" if halves else "precision=bf16-mixed, or float32",
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if world.size != plan.strategy.processes or (world.size == 1 and launched > 1):
         raise RunError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes, which would all write one folder",
-            why="this version trains in one process",
-            remedy="run it without torchrun, accelerate or srun -n",
+            f"started as one of {max(launched, world.size)} processes, and the plan is for {plan.strategy.processes}",
+            why="all of them would write one folder",
+            remedy="run it without torchrun, accelerate or srun -n; strategy.processes says how many Sartor starts itself",
         )

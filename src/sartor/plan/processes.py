@@ -1,0 +1,83 @@
+"""Several processes on a CPU: how many, and what of the machine and of the work each of them has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from sartor.errors import JobError
+from sartor.job import Job
+from sartor.machine import Machine
+from sartor.machine.calibration import CollectiveRate
+from sartor.machine.probe import usable_cpus
+from sartor.machine.topology import clusters
+from sartor.predict.time import TimeForecast
+
+
+def possible_processes(job: Job, machine: Machine, usable: Collection[int] | None = None) -> list[int]:
+    """Numbers of processes to consider, the wanted one first: what the job pins; else one a NUMA cluster, and one alone, which
+    needs less memory. `usable`: processors that this process may use. Raises JobError."""
+    wanted = job.strategy.processes
+    most = min(job.training.global_batch, machine.threads)
+    if wanted == "auto":
+        if machine.device.kind != "cpu" or machine.elsewhere:
+            return [1]
+        several = min(len(clusters(machine.topology, usable_cpus() if usable is None else usable)), most)
+        return [several, 1] if several > 1 else [1]
+    if wanted > 1 and machine.device.kind != "cpu":
+        raise JobError(
+            f"`strategy.processes` is {wanted}, and the job computes on {machine.device.torch_name}",
+            why="several processes of one machine share a step on its CPU only",
+            remedy="strategy.processes=1, or machine.device=cpu",
+        )
+    if wanted > most:
+        short = "threads" if machine.threads == most else "examples a step"
+        raise JobError(
+            f"`strategy.processes` is {wanted}, and there are {most} {short}",
+            why="every process needs a thread and an example",
+            remedy=f"strategy.processes={most}" + ("" if short == "threads" else ", or a larger training.global_batch"),
+        )
+    return [wanted]
+
+
+def part_of(machine: Machine, processes: int) -> Machine:
+    """The machine as one of so many equal processes has it: its share of memory. All of them fit where this one fits."""
+    if processes == 1:
+        return machine
+    device, host = machine.device, machine.host
+    return dataclasses.replace(
+        machine,
+        device=dataclasses.replace(
+            device, total_bytes=device.total_bytes // processes, available_bytes=device.available_bytes // processes
+        ),
+        host=dataclasses.replace(
+            host, total_bytes=host.total_bytes // processes, available_bytes=host.available_bytes // processes
+        ),
+    )
+
+
+def with_sums(time: TimeForecast, processes: int, gradient_bytes: int, rates: Collection[CollectiveRate]) -> TimeForecast:
+    """The forecast of all the work on the whole machine, as so many processes do it: each updates all weights, and gradients are
+    summed in between, at the measured speed of that."""
+    if processes == 1:
+        return time
+    measured = next((rate for rate in rates if rate.name == "all_reduce" and rate.ranks == processes), None)
+    sent = 0.0 if measured is None else measured.alpha_seconds + gradient_bytes / measured.beta_bytes_per_second
+    updates = (processes - 1) * time.breakdown["optimizer"]
+    seconds = time.step_seconds + updates + sent
+    slower = seconds / time.step_seconds
+    parts = {**time.breakdown, "optimizer": time.breakdown["optimizer"] + updates, "communication": sent}
+    unknown = "how fast processes sum gradients is not measured yet: that is not counted; the first such run measures it"
+    return dataclasses.replace(
+        time,
+        step_seconds=seconds,
+        interval_seconds=(time.interval_seconds[0] * slower, time.interval_seconds[1] * slower),
+        tokens_per_second=time.tokens_per_second / slower,
+        sequences_per_second=time.sequences_per_second / slower,
+        mfu=time.mfu / slower,
+        breakdown=parts,
+        job_hours=time.job_hours * slower,
+        cost_usd=None if time.cost_usd is None else time.cost_usd * slower,
+        energy_kwh=None if time.energy_kwh is None else time.energy_kwh * slower,
+        notes=(*time.notes, *(() if measured else (unknown,))),
+    )
