@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sartor.api import compare, load_job, plan, plan_inference, train
     from sartor.job import Job
     from sartor.machine import Machine, probe
+    from sartor.placement import prepare
     from sartor.plan import Plan, Strategy
     from sartor.serve import Sampling, Session
     from sartor.train import Observer, Run
@@ -28,6 +29,7 @@ _HOMES = {
     "train": "sartor.api",
     "Job": "sartor.job",
     "Machine": "sartor.machine",
+    "prepare": "sartor.placement",
     "probe": "sartor.machine",
     "Plan": "sartor.plan",
     "Strategy": "sartor.plan",
@@ -50,6 +52,7 @@ __all__ = [
     "load_job",
     "plan",
     "plan_inference",
+    "prepare",
     "probe",
     "train",
 ]

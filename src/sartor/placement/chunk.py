@@ -99,7 +99,9 @@ class Chunk:
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """These tensors, which are on the device, are the chunk's from now on. Each has a storage of its own."""
-        before = self.size if self.state in (State.HOLD, State.COMPUTE) else 0
+        if self.state in (State.LEAVING, State.COMING):
+            self.hold()
+        before = self.size if self.here else 0
         regions = self._regions
         if [region.size for region in regions] != [_bytes(tensor) for tensor in tensors]:
             for region in regions:
@@ -189,6 +191,33 @@ class Chunk:
             raise IllegalTransition(f"{self.name} is {self.state}, and cannot become {state}")
         self.state = state
         self._gauge.note(self.name, state)
+
+
+class Visits:
+    """Chunks that are brought because somebody looks at them: the last one stays until another one is looked at."""
+
+    def __init__(self) -> None:
+        self._current: Chunk | None = None
+        self._changed = False
+
+    def hold(self, chunk: Chunk, *, changes: bool = False) -> None:
+        """The chunk is on the device when this returns, until the next call. `changes`: it will be changed."""
+        if chunk is not self._current:
+            self.leave()
+            if not chunk.here:
+                chunk.hold()
+                self._current = chunk
+        self._changed |= changes
+
+    def leave(self) -> None:
+        """Nobody looks any more."""
+        chunk, self._current, changed = self._current, None, self._changed
+        self._changed = False
+        if chunk is not None and chunk.state is State.HOLD:
+            if changed:
+                chunk.store()
+            else:
+                chunk.drop()
 
 
 def _bytes(tensor: Tensor) -> int:

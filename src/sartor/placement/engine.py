@@ -2,7 +2,7 @@
 
 Hooks on the modules of a row say when it is used in a forward pass; the gradient of its output says when in a backward pass. A
 row's backward pass is over when that of another row begins, or the whole pass ends: autograd runs the latest operators first. The
-row that followed last time is fetched while this one computes. The first micro-batch runs under `Watch`: what touches weights
+row that followed last time is fetched while this one computes. The first forward pass runs under `Watch`: what touches weights
 outside of their row's use is brought as it is needed, and stays from then on.
 """
 
@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.placement.activations import Activations
-from sartor.placement.chunk import Chunk, Gauge, State, own_storage
+from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
+from sartor.placement.fill import Fill
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.rows import Row
 from sartor.placement.tiers import Mover, Tier
@@ -50,10 +51,19 @@ class Engine:
     """The live placement of a model."""
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[Row], table: Table, tiers: Mapping[str, Tier], *, watch: bool = False
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        table: Table,
+        tiers: Mapping[str, Tier],
+        *,
+        fill: Fill | None = None,
+        watch: bool = False,
     ) -> None:
-        """Moves what the table places elsewhere to its tier, one tensor after the other. `watch`: keep a timeline."""
-        self.model, self.table, self.tiers = model, table, dict(tiers)
+        """Moves what the table places elsewhere to its tier, row after row. `fill`: for a model on the meta device, gives the
+        parameters of a row their values. `watch`: keep a timeline."""
+        self.model, self.table, self.tiers, self._fill = model, table, dict(tiers), fill
+        self.visits = Visits()
         self.mover, self.gauge = Mover(), Gauge(watch=watch)
         self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
         self.activations = Activations(self.mover, self.tiers)
@@ -63,11 +73,14 @@ class Engine:
         self._backward: LiveRow | None = None
         self._in_backward = False
         self._warm = False
+        self._watch: Watch | None = None
         self._last: tuple[str, LiveRow] | None = None
         self._next: dict[tuple[str, LiveRow], tuple[str, LiveRow]] = {}
         self._handles: list[Any] = []
         for live in self.rows:
             self._settle_in(live)
+        if fill is not None:
+            fill({name: parameter for name, parameter in model.named_parameters() if parameter.is_meta})
         self.mover.settle()
         self._attach()
 
@@ -80,6 +93,8 @@ class Engine:
 
     def _settle_in(self, live: LiveRow) -> None:
         live.weights, live.gradients, live.state = (self.chunk(live, kind) for kind in ("weights", "gradients", "state"))
+        if self._fill is not None:
+            self._fill(live.row.parameters)
         if live.weights is None:
             return
         for parameter in live.row.parameters.values():
@@ -111,6 +126,10 @@ class Engine:
                     )
                 )
 
+    def on_detach(self, *handles: Any) -> None:
+        """Hooks that go when the model is not placed any more."""
+        self._handles += handles
+
     def detach(self) -> None:
         """The model is an ordinary one again, with all weights on the device. Gradients are let go."""
         for handle in self._handles:
@@ -135,13 +154,22 @@ class Engine:
             tier.close()
 
     def _begin(self) -> None:
-        if not self._in_backward:
-            self.end_forward()
-            self.activations.enter(self)
+        if self._in_backward:
+            return
+        self.end_forward()
+        self.visits.leave()
+        self.activations.enter(self)
+        if not self._warm and self._watch is None:
+            self._watch = Watch(self)
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _after_model(self) -> None:
-        if not self._in_backward:
-            self.activations.leave()
+        if self._in_backward:
+            return
+        self.activations.leave()
+        watch, self._watch, self._warm = self._watch, None, True
+        if watch is not None:
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def end_forward(self) -> None:
         """Rows that a forward pass began and did not end, since it stopped at the head, are not in use any more."""
@@ -193,6 +221,7 @@ class Engine:
         if not self._in_backward:
             self._in_backward = True
             self.end_forward()
+            self.visits.leave()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._finish_backward()
         self._backward = live
@@ -234,7 +263,7 @@ class Engine:
         norms = [None if self.measure is None else self.measure(gradient) for gradient in gradients.values()]
         chunk.adopt(list(gradients.values()))
         for (parameter, gradient), norm in zip(gradients.items(), norms, strict=True):
-            parameter.grad = AwayGradient(chunk, gradient, norm)
+            parameter.grad = AwayGradient(chunk, self.visits, gradient, norm)
         del real, gradients
         chunk.store()
         self.mover.settle(chunk.size)
@@ -248,6 +277,7 @@ class Engine:
     def reset(self) -> None:
         """Nothing is under way any more: after a step that failed. Gradients are let go."""
         self._in_backward, self._backward = False, None
+        self.visits.leave()
         self.activations.leave()
         self.end_forward()
         for live in self.rows:
@@ -306,16 +336,6 @@ class Engine:
         return self._owner.get(tensor.untyped_storage()._cdata)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """For the first pass: weights that are read outside of their row's use are brought, and stay."""
-        if self._warm:
-            yield
-            return
-        with Watch(self):
-            yield
-        self._warm = True
-
-    @contextlib.contextmanager
     def gathered(self, live: LiveRow) -> Iterator[None]:
         """The weights of a row are on the device in this context; changes to them are lost."""
         absent = live.weights is not None and not live.weights.here
@@ -335,7 +355,7 @@ class Watch(TorchDispatchMode):
         self._engine = engine
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        if func is not torch.ops.aten.detach.default:
             for leaf in pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and not isinstance(leaf, AwayGradient):
                     live = self._engine.touched(leaf)

@@ -7,27 +7,29 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from sartor.placement.chunk import Chunk
+from sartor.placement.chunk import Chunk, Visits
 
 
 class AwayGradient(torch.Tensor):
     """A gradient whose values are elsewhere."""
 
     home: Chunk
+    visits: Visits
     held: Tensor
+    """The gradient itself, whose storage is empty while its chunk is away."""
     known_norm: Any
     """What the gradient's norm was when it left; None where that is not known, or it has changed since."""
 
     @staticmethod
-    def __new__(cls, chunk: Chunk, real: Tensor, norm: Any = None) -> AwayGradient:
-        made = torch.Tensor._make_wrapper_subclass(cls, real.shape, strides=real.stride(), dtype=real.dtype, device=real.device)
-        made.home, made.held, made.known_norm = chunk, real, norm
+    def __new__(cls, home: Chunk, visits: Visits, held: Tensor, norm: Any = None) -> AwayGradient:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device)
+        made.home, made.visits, made.held, made.known_norm = home, visits, held, norm
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -35,52 +37,36 @@ class AwayGradient(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0]
         lists = [place for place, arg in enumerate(args) if isinstance(arg, list | tuple) and any(map(_is_away, arg))]
         if lists and func.__name__.startswith("_foreach"):
-            return _one_by_one(func, args, kwargs, lists)
-        away = [arg for arg in args if _is_away(arg)]
-        changed = func._schema.is_mutable and bool(args) and _is_away(args[0])
-        result = _with_real(away, changed, lambda: func(*map(_real, args), **{key: _real(arg) for key, arg in kwargs.items()}))
-        return args[0] if changed and result is args[0].held else result
+            return _one_by_one(func, args, kwargs or {}, len(args[lists[0]]))
+        return _run(func, args, kwargs or {})
 
 
 def _is_away(value: Any) -> bool:
     return isinstance(value, AwayGradient)
 
 
-def _real(value: Any) -> Any:
-    return value.held if isinstance(value, AwayGradient) else value
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator on gradients that are brought for it."""
+    changes = func._schema.is_mutable
+    first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, AwayGradient):
+            leaf.visits.hold(leaf.home, changes=changes and leaf is first)
+    if changes and isinstance(first, AwayGradient):
+        first.known_norm = None
+    real_args, real_kwargs = pytree.tree_map_only(AwayGradient, lambda away: away.held, (args, kwargs))
+    result = func(*real_args, **real_kwargs)
+    return first if isinstance(first, AwayGradient) and result is first.held else result
 
 
-def _with_real(away: list[AwayGradient], changed: bool, work: Callable[[], Any]) -> Any:
-    """`work` done while these gradients are on the device."""
-    absent = list({id(gradient.home): gradient.home for gradient in away if not gradient.home.here}.values())
-    for chunk in absent:
-        chunk.hold()
-    try:
-        return work()
-    finally:
-        if changed:
-            away[0].known_norm = None
-        for chunk in absent:
-            if changed and chunk is away[0].home:
-                chunk.store()
-            else:
-                chunk.drop()
-
-
-def _one_by_one(func: Any, args: Any, kwargs: Any, lists: list[int]) -> Any:
+def _one_by_one(func: Any, args: Any, kwargs: Any, count: int) -> Any:
     """An operator over lists, for one member of every list after the other."""
-    count = len(args[lists[0]])
     results: list[Any] = []
     for member in range(count):
-        chosen = [[arg[member]] if isinstance(arg, list | tuple) and len(arg) == count else arg for place, arg in enumerate(args)]
-        away = [arg[0] for arg in chosen if isinstance(arg, list) and _is_away(arg[0])]
-        real = [[_real(item) for item in arg] if isinstance(arg, list) else arg for arg in chosen]
-        changed = func._schema.is_mutable and _is_away(chosen[0][0])
-        result = _with_real(away, changed, lambda real=real: func(*real, **kwargs))  # type: ignore[misc]
-        results += result or []
+        chosen = [[arg[member]] if isinstance(arg, list | tuple) and len(arg) == count else arg for arg in args]
+        results += _run(func, chosen, kwargs) or []
     return results or None

@@ -6,8 +6,11 @@ only the row's parameters have gradients, and leaves the others as they are. So 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ class StreamedOptimizer:
 
         `keep_gradients`: for callers that look at them afterwards; else they are let go. Raises RunError of the tiers.
         """
+        self._engine.visits.leave()
         gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
@@ -115,3 +119,35 @@ class StreamedOptimizer:
         if tensors and not (chunk.state is State.FREE and chunk.tensors):
             chunk.adopt(tensors)
             chunk.store()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimizer's own, with copies of what is away: whole in memory."""
+        copied = self.optimizer.state_dict()
+        numbers = {id(p): number for number, p in enumerate(self._parameters)}
+        for live in self._engine.moving:
+            with self.gathered(live):
+                for parameter in live.trained:
+                    state = copied["state"].get(numbers.get(id(parameter)), {})
+                    copied["state"] |= {numbers[id(parameter)]: {k: copy.deepcopy(v) for k, v in state.items()}} if state else {}
+        return copied
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for live in self._engine.moving:
+            if live.state is not None:
+                live.state.forget()
+        self.optimizer.load_state_dict(state_dict)
+        for live in self._engine.moving:
+            self._keep_state(live)
+            self._engine.mover.settle()
+
+    @contextlib.contextmanager
+    def gathered(self, live: LiveRow) -> Iterator[None]:
+        """What the optimizer keeps of a row is on the device in this context; changes to it are lost."""
+        chunk = live.state if live.state is not None and live.state.tensors else None
+        if chunk is not None:
+            chunk.hold()
+        try:
+            yield
+        finally:
+            if chunk is not None:
+                chunk.drop()

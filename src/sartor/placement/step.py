@@ -26,8 +26,7 @@ class PlacedStep(TrainStep):
 
     def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:
         self.engine.measure = self._norm_of if last else None
-        with self.engine.watched():
-            loss = super().micro_batch(batch, trained_tokens, last=last)
+        loss = super().micro_batch(batch, trained_tokens, last=last)
         self.engine.measure = None
         return loss
 
@@ -51,11 +50,8 @@ class PlacedStep(TrainStep):
         if not isinstance(gradient, AwayGradient):
             return self._norm_of(gradient)
         if gradient.known_norm is None:
-            absent = not gradient.home.here
-            gradient.home.hold()
+            gradient.visits.hold(gradient.home)
             gradient.known_norm = self._norm_of(gradient.held)
-            if absent:
-                gradient.home.drop()
         return gradient.known_norm  # type: ignore[no-any-return]
 
     def _total(self, gradients: Sequence[Tensor], norms: Sequence[Tensor | float]) -> Tensor:

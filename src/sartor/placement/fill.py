@@ -1,0 +1,44 @@
+"""Weights for a model on the meta device, row by row as its rows are put in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sartor.errors import ModelError
+from sartor.model.weights import WeightFiles
+
+Fill = Callable[[Mapping[str, nn.Parameter]], None]
+"""Gives these parameters, which are on the meta device, memory and their values. Called once for every row."""
+
+
+def from_folder(folder: Path, model: nn.Module) -> Fill:
+    """Values from safetensors, by the names of `model`. Raises ModelError where some are missing."""
+    files = WeightFiles(folder)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    missing = [aliases[0] for aliases in names.values() if not any(alias in files for alias in aliases)]
+    if missing:
+        raise ModelError(
+            f"the weights of {folder} lack {len(missing)} tensors",
+            why=f"the first is {missing[0]}; the files may hold it under another name, which loading the whole model would know",
+            remedy="load the model first and place it then, or save it once with save_pretrained",
+        )
+
+    def fill(parameters: Mapping[str, nn.Parameter]) -> None:
+        for parameter in parameters.values():
+            if parameter.is_meta:
+                name = next(alias for alias in names[id(parameter)] if alias in files)
+                put(parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
+                files.read(name, parameter.data)
+
+    return fill
+
+
+def put(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """`parameter`, which may be on another device, becomes `values`, and stays the same object."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(values, requires_grad=parameter.requires_grad))
