@@ -4,6 +4,7 @@
                              [--peer-python trl=PYTHON litgpt=PYTHON …]
     python benchmarks/cpu.py --check          losses of the first steps on one batch: do all train on the same tokens?
     python benchmarks/cpu.py --curve          200 steps against the float32 reference: every step, and the held-out loss
+    python benchmarks/cpu.py --processes      two bound processes against one with all threads: speed and losses
     python benchmarks/cpu.py --first-step     from `sartor train` to the end of the first step, caches cold and warm
 
 Data are instructions and answers of Alpaca, the loss is on the answers; models are Llamas with random weights and GPT-2's
@@ -278,12 +279,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--curve", nargs="*", metavar="PRECISION", help="modes to compare with float32; default: auto")
     parser.add_argument("--steps", type=int, default=200, help="of --curve")
     parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--processes", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    alone = options.curve is not None or options.first_step
+    alone = options.curve is not None or options.first_step or options.processes
     names, pythons = ([], {}) if alone else available(options.only, options.peer_python)
     jobs = [(shape, method) for shape in options.shapes for method in options.methods]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
@@ -293,6 +295,10 @@ def main() -> None:
         elif options.curve is not None:
             modes = options.curve or ["auto"]
             kind, results = "cpu-curve", [sartor_only.curve(bench, *job, modes, options.steps) for job in jobs]
+        elif options.processes:
+            pair = list(sartor_only.PROCESSES)
+            done = [compare(bench, *job, pair, options.examples, options.rounds) for job in jobs]
+            kind, results = "cpu-processes", [sartor_only.processes(result) for result in done]
         elif options.first_step:
             kind, results = "cpu-first-step", [sartor_only.first_step(bench, *job) for job in jobs]
         else:

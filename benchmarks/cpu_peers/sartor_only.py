@@ -1,8 +1,9 @@
-"""What concerns Sartor alone: bf16 against its float32 reference, and the time to the first step."""
+"""What concerns Sartor alone: bf16 against its float32 reference, two processes against one, and the time to the first step."""
 
 from __future__ import annotations
 
 import shutil
+import statistics
 from typing import Any
 
 import yaml
@@ -10,6 +11,8 @@ import yaml
 from cpu_peers.entrants import Entrant
 
 HELD_OUT = 0.05
+PROCESSES = ("sartor", "sartor-2-processes")
+PROCESSES_BAR = 0.9
 STEP_BAR, HELD_OUT_BAR = 0.005, 0.003
 
 
@@ -60,6 +63,22 @@ def _whole(bench: Any, job: Any, mode: str) -> dict[str, Any]:
         "held_out_loss": held_out[-1],
         "tokens_per_second": sum(line["tokens"] for line in steps) / steps[-1]["seconds"],
     }
+
+
+def processes(result: dict[str, Any]) -> dict[str, Any]:
+    """What two processes make of the speed of one with as many threads, from a comparison of both; and of the losses."""
+    one, two = (result["runs"][name] for name in PROCESSES)
+    if failed := [run["failed"] for run in (*one, *two) if "failed" in run]:
+        raise SystemExit(failed[0])
+    ratios = [ours["tokens_per_second"] / other["tokens_per_second"] for ours, other in zip(two, one, strict=True)]
+    ratio = statistics.median(ratios)
+    apart = max(abs(ours / other - 1) for ours, other in zip(two[0]["losses"], one[0]["losses"], strict=True))
+    verdict = "within" if ratio >= PROCESSES_BAR else "NOT within"
+    shown = ", ".join(f"{each:.2f}" for each in ratios)
+    print(
+        f"  two processes / one: speed {ratio:.2f} ({shown}; bar {PROCESSES_BAR}: {verdict} it), losses at most {apart:.3%} apart"
+    )
+    return {**result, "two_to_one": ratios, "median_two_to_one": ratio, "largest_loss_difference": apart}
 
 
 def first_step(bench: Any, shape: str, method: str, runs: int = 3) -> dict[str, Any]:

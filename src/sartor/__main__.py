@@ -1,4 +1,4 @@
-"""`python -m sartor`, by itself or as one of the processes that torchrun starts: the first runs the command, the others follow."""
+"""`python -m sartor`, by itself or as one of the processes that torchrun starts: the first runs, the others follow."""
 
 import os
 import sys

@@ -15,9 +15,18 @@ from safetensors.torch import load_file
 import sartor
 from ranks import on_ranks
 from sartor.errors import Interrupted, RunError
+from sartor.job.schema import MachineJob
+from sartor.machine.calibration import (
+    CALIBRATION_VERSION,
+    Calibration,
+    calibration_key,
+    load_calibration,
+    save_calibration,
+)
 from sartor.step import World
 from sartor.train import fit, read_metrics
 from sartor.train.loop import assist
+from support import device_rates
 
 
 class At(sartor.Observer):
@@ -84,6 +93,7 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(tree: dict[str, Any], tmp_pa
     sartor.train({**tree, "output": str(tmp_path / "one")})
     shared = {**tree, "strategy": {**tree["strategy"], "processes": 2}, "output": str(tmp_path / "two")}
     shared["machine"] = {**tree["machine"], "threads": 2}
+    machine = sartor.probe(MachineJob(**shared["machine"]))
     affinity = os.sched_getaffinity(0)
 
     def lose() -> None:
@@ -95,6 +105,13 @@ def test_a_lost_process_ends_the_run_and_it_goes_on(tree: dict[str, Any], tmp_pa
         sartor.train(shared, observers=[At(2, lose)])
     assert os.sched_getaffinity(0) == affinity
     assert not [one for one in psutil.Process().children() if "sartor.launch" in one.cmdline()]
+    rates = Calibration(
+        version=CALIBRATION_VERSION, key=calibration_key(machine), measured="2026-11-21", seconds=1.0, device=device_rates()
+    )
+    save_calibration(rates)
     run = sartor.train(shared, resume="latest")
     assert run.status == "finished"
+    kept = load_calibration(machine)
+    assert kept is not None
+    assert [(rate.name, rate.ranks) for rate in kept.collectives] == [("all_reduce", 2)]
     same_runs(tmp_path / "one", tmp_path / "two", "adapter_model.safetensors")

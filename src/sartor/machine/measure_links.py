@@ -114,10 +114,13 @@ def link_rate(clock: Clock, notes: list[str]) -> LinkRate | None:
     )
 
 
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+
+
 def measure_collectives(
-    group: dist.ProcessGroup | None = None, *, device: torch.device | None = None
+    group: dist.ProcessGroup | None = None, *, device: torch.device | None = None, names: tuple[str, ...] = COLLECTIVES
 ) -> tuple[CollectiveRate, ...]:
-    """Alpha and beta of the collectives that training uses, between the ranks of a group that runs (all of them call this).
+    """Alpha and beta of collectives, between the ranks of a group that runs (all of them call this).
 
     All ranks have the same result: the times of the slowest. Raises UsageError where no process group is initialised.
     """
@@ -127,7 +130,7 @@ def measure_collectives(
     ranks = dist.get_world_size(group)
     clock = Clock(device)
     rates = []
-    for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
+    for name in names:
         small, large = (_collective_seconds(name, size, ranks, group, clock) for size in _COLLECTIVE_BYTES)
         beta = (_COLLECTIVE_BYTES[1] - _COLLECTIVE_BYTES[0]) / max(large - small, 1e-9)
         alpha = max(small - _COLLECTIVE_BYTES[0] / beta, 1e-9)

@@ -5,7 +5,7 @@ from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.optim import learning_rate
 from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import FAST_BF16, Precision
-from sartor.step.processes import GradientSum, World
+from sartor.step.processes import GradientSum, World, lookup_table
 from sartor.step.step import Gradients, TrainStep
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "World",
     "cannot_pack",
     "learning_rate",
+    "lookup_table",
     "make_step",
     "make_trainable",
     "mixes_examples",

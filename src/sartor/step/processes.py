@@ -7,7 +7,7 @@ the last backward pass, in an order that is the same everywhere: backwards throu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 SMALL_BYTES = 2**18
 """Gradients below this are sent as one message: each message takes a tenth of a millisecond or more."""
-MOST_WIDENED = 4
-"""Gradients that are on their way in float32 beside the bfloat16 they are kept in."""
+MOST_COPIED = 4
+"""Gradients on their way that are copies, in float32 or of some rows."""
 
 
 class World:
@@ -62,11 +62,24 @@ class World:
         return values[0]
 
 
+def lookup_table(model: nn.Module) -> nn.Parameter | None:
+    """The trained weight that input tokens are looked up in, where nothing else is computed with it."""
+    layer = model.get_input_embeddings()  # type: ignore[operator]
+    if type(layer) is not nn.Embedding or not layer.weight.requires_grad:
+        return None
+    owners = sum(weight is layer.weight for module in model.modules() for weight in module._parameters.values())
+    return cast(nn.Parameter, layer.weight) if owners == 1 else None
+
+
 class GradientSum:
     """Adds gradients up over the processes of a world."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, embedding: nn.Parameter | None = None) -> None:
+        """`embedding`: one that is looked up by input tokens, and whose other rows should get no gradient. The first step tells
+        whether that is so; then those rows alone are sent."""
         self._world = world
+        self._embedding, self._rows = embedding, torch.empty(0, dtype=torch.int64)
+        self._by_rows: bool | None = None
         self._large = [p for p in reversed(list(parameters.values())) if p.numel() * p.element_size() >= SMALL_BYTES]
         self._small = [p for p in parameters.values() if p.numel() * p.element_size() < SMALL_BYTES]
         self._next = 0
@@ -75,6 +88,10 @@ class GradientSum:
         self._counting = False
         for parameter in self._large:
             parameter.register_post_accumulate_grad_hook(self._note)
+
+    def expect(self, tokens: Tensor) -> None:
+        """The step that comes has these tokens, in all processes together."""
+        self._rows = tokens
 
     def begin(self) -> None:
         """The backward pass that comes is this process's last of the step."""
@@ -87,10 +104,12 @@ class GradientSum:
         for parameter in (*self._large, *self._small):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
+        own = self._has_other_rows()
         self._send(len(self._large))
         self._sum_small()
         self._wait(0)
-        missing = self._world.sum(*map(float, absent))
+        elsewhere, *missing = self._world.sum(own, *map(float, absent))
+        self._by_rows = elsewhere == 0 if self._by_rows is None else self._by_rows
         for parameter, count in zip((*self._large, *self._small), missing, strict=True):
             if count == self._world.size:
                 parameter.grad = None
@@ -112,20 +131,33 @@ class GradientSum:
         for parameter in self._large[self._next : end]:
             gradient = parameter.grad
             assert gradient is not None, "a gradient that is ready"
-            # Two processes' gradients are rounded once, as one process's own; with more of them the roundings would add up.
-            widened = gradient.float() if self._world.size > 2 else gradient
-            if widened is not gradient:
-                self._wait(MOST_WIDENED - 1)
-            self._sent.append((gradient, widened, dist.all_reduce(widened, async_op=True)))
+            message = gradient[self._rows] if self._by_rows and parameter is self._embedding else gradient
+            if self._world.size > 2:  # two gradients are rounded once, as one process's own; more roundings would add up
+                message = message.float()
+            if message is not gradient:
+                self._wait(MOST_COPIED - 1)
+            self._sent.append((gradient, message, dist.all_reduce(message, async_op=True)))
         self._next = max(self._next, end)
 
     def _wait(self, left: int) -> None:
         """Until at most so many gradients are on their way."""
         while len(self._sent) > left:
-            gradient, widened, work = self._sent.pop(0)
+            gradient, message, work = self._sent.pop(0)
             work.wait()
-            if widened is not gradient:
-                gradient.copy_(widened)
+            if message.shape != gradient.shape:
+                gradient[self._rows] = message.to(gradient.dtype)
+            elif message is not gradient:
+                gradient.copy_(message)
+
+    def _has_other_rows(self) -> float:
+        """Whether the embedding has a gradient for tokens that the step does not have; asked in the first step only."""
+        if self._embedding is None or self._by_rows is not None:
+            return 0.0
+        gradient = self._embedding.grad
+        assert gradient is not None, "every parameter has one by now"
+        other = torch.ones(len(gradient), dtype=torch.bool)
+        other[self._rows] = False
+        return float(bool(gradient[other].count_nonzero()))
 
     def _sum_small(self) -> None:
         gradients: Sequence[Tensor] = [p.grad for p in self._small if p.grad is not None]

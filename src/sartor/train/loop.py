@@ -152,7 +152,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     bench.world.seed(plan.job.training.seed, progress.step)
     # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
     indices = bench.order.indices(progress.step)
-    batches, several = bench.batches(plan, bench.sets.train, indices), bench.accumulates(plan, bench.sets.train, indices)
+    batches, several = bench.batches(plan, bench.sets.train, indices), bench.expect(plan, bench.sets.train, indices)
     trained_tokens = int(bench.sets.train.trained_counts[indices].sum())
 
     # The loss is normalised by the trained tokens of the whole step: averaging micro-batches would weigh a token by the

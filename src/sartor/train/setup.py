@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +27,7 @@ from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
-from sartor.step import GradientSum, TrainStep, World, make_step, make_trainable, mixes_examples
+from sartor.step import GradientSum, TrainStep, World, lookup_table, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
 
 
@@ -57,10 +58,13 @@ class Workbench:
             joined=self.packing and strategy.joined,
         )
 
-    def accumulates(self, plan: Plan, samples: TokenSet, indices: Any) -> bool:
-        """Whether another process has several micro-batches of these examples, where there are others."""
-        if self.world.size == 1:
+    def expect(self, plan: Plan, samples: TokenSet, indices: Any) -> bool:
+        """Get ready for a step of these examples together with other processes; whether one of all has several micro-batches.
+        False where there are no others."""
+        if self.step.shared is None:
             return False
+        tokens = np.concatenate([samples[int(index)].input_ids for index in indices] + [[self.pad_id]])
+        self.step.shared.expect(torch.as_tensor(np.unique(tokens), dtype=torch.int64))
         capacity, packing = plan.strategy.row_capacity, self.packing
         parts = shares(indices, samples.lengths, self.world.size)
         rows = [fill_rows(part, samples.lengths, capacity=capacity, packing=packing) for part in parts]
@@ -94,7 +98,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
     if world.size > 1:
-        step.shared = GradientSum(step.parameters, world)
+        step.shared = GradientSum(step.parameters, world, embedding=lookup_table(model))
     _say_what_is_slow(step, strategy.device, say)
     return Workbench(
         step=step,
