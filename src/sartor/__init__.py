@@ -5,6 +5,7 @@ The names below load their rooms when they are first used, so that `import sarto
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -60,8 +61,22 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(_load(_HOMES[name]), name)
+    if name == "api":
+        return _load("sartor.api")
     raise AttributeError(f"module 'sartor' has no attribute {name!r}")
+
+
+def _load(module: str) -> ModuleType:
+    """Import it without looking for garbage meanwhile: libraries make a million objects that stay, and looking through them again
+    and again takes as long as half of the rest."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        if running:
+            gc.enable()
 
 
 class _Face(ModuleType):

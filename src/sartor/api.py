@@ -24,6 +24,7 @@ from sartor.plan import Plan, make, max_length
 from sartor.plan.compare import Comparison
 from sartor.plan.compare import compare as make_comparison
 from sartor.plan.inference import InferencePlan, make_inference
+from sartor.predict.memory import collector_paused
 from sartor.report import write_report
 from sartor.serve import Judge
 from sartor.train import Observer, Run, read_metrics
@@ -47,7 +48,8 @@ def plan(job: JobLike, overrides: Iterable[str] = ()) -> Plan:
     """
     loaded = load_job(job, overrides)
     _require_data(loaded)
-    return make(loaded)
+    with collector_paused():
+        return make(loaded)
 
 
 def compare(job: JobLike, machines: Sequence[str], overrides: Iterable[str] = ()) -> Comparison:
