@@ -26,6 +26,7 @@ from typing import Any
 
 from common import REPOSITORY, save
 from sartor import api
+from sartor.kernels.fuse import as_jobs_run
 from sartor.machine import probe
 from sartor.machine.calibrate import calibrate
 from sartor.machine.calibration import find_calibration, save_calibration
@@ -223,7 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SARTOR_CACHE"] = cache  # of this benchmark alone
-        calibration = calibrate(probe(), keep=False, say=print)
+        calibration = calibrate(probe(), keep=False, say=print, as_run=as_jobs_run)
         save_calibration(calibration)
         print(f"calibrated in {calibration.seconds:.0f} s; {'; '.join(calibration.notes)}")
         results = measure_all(arguments)

@@ -119,6 +119,8 @@ def device_rates() -> DeviceRates:
         view_seconds=1e-6,
         view_backward_seconds=2e-6,
         block_operator_seconds=4e-6,
+        compiled_block_operator_seconds=None,
+        compiled_block_backward_operator_seconds=None,
         block_backward_operator_seconds=5e-6,
         adamw_parameters_per_second=1e9,
         adamw_tensor_seconds=1e-6,

@@ -154,6 +154,7 @@ def machine(
     import json
 
     from sartor.job.schema import MachineJob
+    from sartor.kernels.fuse import as_jobs_run
     from sartor.machine import find_calibration, machine_of, probe
     from sartor.machine.calibrate import calibrate as measure
     from sartor.machine.calibration import Kept
@@ -166,7 +167,7 @@ def machine(
     if calibrate:
         if kept.calibration is None and not here.elsewhere:
             typer.echo(f"measuring: {kept.reason}", err=True)
-        measured = measure(here, folder=folder, say=lambda what: typer.echo(f"measuring {what}", err=True))
+        measured = measure(here, folder=folder, say=lambda what: typer.echo(f"measuring {what}", err=True), as_run=as_jobs_run)
         kept = Kept(path=kept.path, calibration=measured)
     if as_json:
         typer.echo(json.dumps(machine_mapping(here, kept), indent=1, ensure_ascii=False))

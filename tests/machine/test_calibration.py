@@ -171,7 +171,7 @@ def test_rates_hold_for_one_machine(machine: Machine, measured: Calibration) -> 
         (lambda text: text[:100], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "another version"),
-        (lambda text: text.replace('"version": 2', '"version": 0'), "another version"),
+        (lambda text: text.replace('"version": 3', '"version": 0'), "another version"),
         (lambda text: text.replace('"operator_seconds"', '"operator_second"'), "damaged"),
         (lambda text: text.replace('"dtype": "float32"', '"dtype": 32', 1), "damaged"),
         (lambda text: text.replace('"batch": 1,', '"batch": null,', 1), "damaged"),
@@ -313,4 +313,4 @@ def test_the_clock_takes_the_time_of_the_device_when_it_is_left_alone(monkeypatc
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 2
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 3

@@ -41,7 +41,7 @@ class ByFlops:
     def seconds(self, operation: Operation, kind: str) -> float:
         return operation.flops / FLOPS
 
-    def during(self, footprint: int) -> ByFlops:
+    def during(self, footprint: int, *, compiled: bool = False) -> ByFlops:
         return self
 
     def peak(self, dtype: str) -> float:

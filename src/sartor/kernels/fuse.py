@@ -7,13 +7,14 @@ docstrings apart. transformers repeats them in most decoders; a model that compu
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import sys
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +82,20 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if any(of(module) is not None for of in (_norm_of, _mlp_of, _attention_of)):
             vars(module).pop("forward", None)
+
+
+@contextlib.contextmanager
+def as_jobs_run(model: Any, tokens: int) -> Iterator[bool]:
+    """Within it `model` computes single rows of so many tokens as a job on this CPU does; whether that is other than its own
+    code."""
+    from sartor.kernels.attention import NAME, Segments, register, segments_are
+
+    register()
+    model.set_attn_implementation(NAME)
+    compiled = bool(fuse(model))
+    with segments_are(Segments([[tokens]], tokens)):
+        yield compiled
+    unfuse(model)
 
 
 def _distributed(model: nn.Module) -> bool:

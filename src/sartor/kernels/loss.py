@@ -22,6 +22,8 @@ CHUNK_BYTES = 32 * 2**20
 fall out of the cache. A head that trains gets twice as many."""
 FEWEST_ROWS = 256
 MOST_ROWS = 1024
+PRODUCT_ROWS = 8192
+"""Of the head's gradient, computed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +235,13 @@ class _Sum:
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
         if self._part_VH is not self._total_VH:
-            torch.mm(gradient_CV.t(), hidden_CH, out=self._part_VH)
+            _product(gradient_CV, hidden_CH, self._part_VH)
             if self._fresh:
                 self._total_VH.copy_(self._part_VH)
             else:
                 _add(self._total_VH, self._part_VH)
         elif self._fresh:
-            torch.mm(gradient_CV.t(), hidden_CH, out=self._total_VH)
+            _product(gradient_CV, hidden_CH, self._total_VH)
         else:
             self._total_VH.addmm_(gradient_CV.t(), hidden_CH)
         self._fresh = False
@@ -249,6 +251,12 @@ class _Sum:
             self._result_VH.zero_()
         elif self._total_VH is not self._result_VH:
             self._result_VH.copy_(self._total_VH)
+
+
+def _product(gradient_CV: Tensor, hidden_CH: Tensor, result_VH: Tensor) -> None:
+    """gradient^T hidden, some thousand rows of the result at a time: in bfloat16 half as fast again as all at once."""
+    for gradient_CP, result_PH in zip(gradient_CV.split(PRODUCT_ROWS, dim=1), result_VH.split(PRODUCT_ROWS), strict=True):
+        torch.mm(gradient_CP.t(), hidden_CH, out=result_PH)
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:

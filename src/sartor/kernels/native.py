@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "nat
 _COMMON = (
     "-std=c++17",
     "-O3",
-    "-fno-exceptions",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
@@ -44,20 +43,28 @@ _OPERATORS = torch.library.Library("sartor", "FRAGMENT")
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where they cannot be compiled."""
+    loaded = compiled("native", SOURCES, (HEADER,), flags=("-fno-exceptions",))
+    if loaded is not None:
+        _declare(loaded)
+    return loaded
+
+
+def compiled(
+    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), *, flags: Sequence[str] = (), links: Sequence[str] = ()
+) -> ctypes.CDLL | None:
+    """A shared library of these sources, from the cache if it is there; None where it cannot be compiled or loaded."""
     compiler = _compiler()
     place = _folder()
     if compiler is None or place is None:
         return None
-    parts = (*(file.read_bytes() for file in (HEADER, *SOURCES)), compiler.encode(), _processor())
-    file = place / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    parts = (*(file.read_bytes() for file in (*headers, *sources)), *map(str.encode, (compiler, *flags, *links)), _processor())
+    file = place / f"{name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     try:
-        if not file.exists() and not _compile(compiler, file):
+        if not file.exists() and not _compile([compiler, *_COMMON, *flags], [*map(str, sources), *links], file):
             return None
-        loaded = ctypes.CDLL(str(file))
+        return ctypes.CDLL(str(file))
     except OSError:
         return None
-    _declare(loaded)
-    return loaded
 
 
 def missing() -> str:
@@ -96,14 +103,14 @@ def _processor() -> bytes:
     return platform.machine().encode() + platform.processor().encode() + flags
 
 
-def _compile(compiler: str, file: Path) -> bool:
+def _compile(command: Sequence[str], sources: Sequence[str], file: Path) -> bool:
     """Compile to `file`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / "native.so"
+        made = Path(folder) / "made.so"
         for more in _CHOICES:
-            command = [compiler, *_COMMON, *more, "-o", str(made), *map(str, SOURCES)]
             with contextlib.suppress(subprocess.SubprocessError):
-                if subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False).returncode == 0:
+                whole = [*command, *more, "-o", str(made), *sources]
+                if subprocess.run(whole, capture_output=True, timeout=_SECONDS, check=False).returncode == 0:
                     made.replace(file)
                     return True
     return False

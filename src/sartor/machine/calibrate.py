@@ -15,11 +15,12 @@ from sartor.folders import cache_folder
 from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
 from sartor.machine.clock import Clock
 from sartor.machine.measure import device_rates
+from sartor.machine.measure_blocks import AsRun
 from sartor.machine.measure_links import disk_rate, link_rate
 from sartor.machine.probe import Machine, probe
 from sartor.machine.topology import ROOT, read_text
 
-LIMIT_SECONDS = 24.0
+LIMIT_SECONDS = 30.0
 """For the rates of one device; what is not measured by then is left out, with a note."""
 _DISTURBED, _SPOILT = 0.1, 0.3
 """Shares of its time that measuring waited for a processor: from the first on that is worth a note, from the second on the
@@ -27,9 +28,16 @@ rates say more of the other processes than of the machine, and are not kept."""
 
 
 def calibrate(
-    machine: Machine | None = None, *, folder: Path | None = None, keep: bool = True, say: Callable[[str], None] = lambda _: None
+    machine: Machine | None = None,
+    *,
+    folder: Path | None = None,
+    keep: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    as_run: AsRun | None = None,
 ) -> Calibration:
     """Measure `machine` (this one) with the threads a job would have, and the disk of `folder` (the working folder).
+
+    `as_run` lets a model compute with the kernels of jobs (`sartor.kernels.fuse.as_jobs_run`).
 
     `keep` writes it where `load_calibration` finds it. `say` hears what is being measured. Raises UsageError for a machine
     that is not this one, and where the result cannot be kept.
@@ -47,12 +55,13 @@ def calibrate(
     host = link = None
     with _set_up(machine, device):
         say(f"rates of {device} ({machine.device.name})")
-        rates = device_rates(Clock(device, limit_seconds=LIMIT_SECONDS), largest_bytes=_largest_bytes(machine), notes=notes)
+        clock, largest = Clock(device, limit_seconds=LIMIT_SECONDS), _largest_bytes(machine)
+        rates = device_rates(clock, largest_bytes=largest, notes=notes, as_run=as_run)
         if device != processor:
             say("link between main memory and the device")
             link = link_rate(Clock(device), notes)
             say("rates of the processor")
-            host = device_rates(Clock(processor, limit_seconds=LIMIT_SECONDS), largest_bytes=_largest_bytes(machine), notes=notes)
+            host = device_rates(Clock(processor, limit_seconds=LIMIT_SECONDS), largest_bytes=largest, notes=notes)
     say(f"disk of {folder or Path.cwd()}")
     disk = disk_rate(folder or Path.cwd(), notes)
     seconds = time.perf_counter() - start

@@ -26,7 +26,7 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 """Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
 
 
@@ -107,9 +107,15 @@ class DeviceRates:
     view_backward_seconds: float
     """Its backward."""
     block_operator_seconds: float
-    """An operator among those of a decoder's blocks of no size: with the Python and the modules around it."""
+    """An operator among those of a small decoder's blocks: what the Python and the modules around it take, and that it finds
+    caches and cores less ready than when it runs again and again."""
     block_backward_operator_seconds: float
     """The same in backward, with what it takes to add up gradients and to forget the graph."""
+    compiled_block_operator_seconds: float | None
+    """An operator of such blocks as Sartor's compiled kernels leave them: fewer of them, with as much Python and as many modules
+    around. None where they were not measured."""
+    compiled_block_backward_operator_seconds: float | None
+    """The same in backward."""
     adamw_parameters_per_second: float
     """Fused AdamW, float32, one large tensor."""
     adamw_tensor_seconds: float

@@ -13,11 +13,11 @@ import mmap
 import os
 import platform
 
-TRIM_THRESHOLD = 2**31 - 1
-"""Free bytes at the heap's end above which it shrinks: `mallopt` takes no larger number."""
+TRIM_THRESHOLD = 2**63 - 1
+"""Free bytes at the heap's end above which it shrinks: never."""
 
 _MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD = 2**30, 2**25
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NO_TRIM = -1, -3, -1  # malloc.h, mallopt(3)
 _USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 
@@ -34,11 +34,15 @@ def mmap_threshold() -> int:
     return _MMAP_THRESHOLD if recent else _OLD_MMAP_THRESHOLD
 
 
+def said_of_malloc() -> bool:
+    """Whether the environment says something about malloc, or replaces it: then it stays as the user wants it."""
+    said = any(name in os.environ for name in _USERS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return said or any(name in os.environ.get("LD_PRELOAD", "") for name in ("jemalloc", "tcmalloc", "mimalloc"))
+
+
 def keeps_freed_memory() -> bool:
     """Whether `keep_freed_memory` has something to say here: malloc is glibc's, and the environment says nothing about it."""
-    said = any(name in os.environ for name in _USERS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    replaced = any(name in os.environ.get("LD_PRELOAD", "") for name in ("jemalloc", "tcmalloc", "mimalloc"))
-    return has_glibc() and not said and not replaced
+    return has_glibc() and not said_of_malloc()
 
 
 def keep_freed_memory() -> bool:
@@ -46,7 +50,7 @@ def keep_freed_memory() -> bool:
     if not keeps_freed_memory():
         return False
     libc = ctypes.CDLL(None)
-    return all((libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold()), libc.mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)))
+    return all((libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold()), libc.mallopt(_M_TRIM_THRESHOLD, _NO_TRIM)))
 
 
 def give_back_freed_memory() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.machine.calibration import AttentionRate, DeviceRates, LossRate, MatmulRate, MemoryRate
 from sartor.machine.clock import Call, Clock
+from sartor.machine.measure_blocks import AsRun, block_operators, compiled_block_operators, noise
 
 FLOATS = (torch.float32, torch.bfloat16)
 _ROWS_M = (16, 64, 256, 1024, 4096)
@@ -33,20 +33,19 @@ _LENGTHS = (64, 256, 1024)
 _DEVICE_LENGTHS = (4096,)
 _HEADS, _HEAD_SIZE = 12, 64
 _COLUMNS = 1024
-_BLOCK = 2**16
-"""So many random numbers, repeated: drawing them all takes longer than measuring."""
 _MEMORY_BYTES = (2**16, 2**20, 2**23)
 _MATMUL_SECONDS, _MEMORY_SECONDS, _ATTENTION_SECONDS = 4.0, 5.0, 4.0
 """Each at most: the products of one format, the operators on memory, attention."""
 
 
-def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str]) -> DeviceRates:
+def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str], as_run: AsRun | None = None) -> DeviceRates:
     """All of them. `largest_bytes` is a size beyond the device's caches. What cannot be measured is noted and left out."""
     with torch.device(clock.device):
         operators = _operators(clock)
         recorded, backward = _recorded_operators(clock)
         view, view_backward = _recorded_operators(clock, lambda value: value.view(64))
-        in_block, in_block_backward = _block_operators(clock, (view, view_backward))
+        in_block, in_block_backward = block_operators(clock, (view, view_backward))
+        compiled, compiled_backward = compiled_block_operators(clock, (view, view_backward), as_run)
         adamw, per_tensor = _adamw(clock)
         # Lists are made in this order, each within its own time.
         return DeviceRates(
@@ -56,6 +55,8 @@ def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str]) -> Devic
             view_backward_seconds=view_backward,
             block_operator_seconds=in_block,
             block_backward_operator_seconds=in_block_backward,
+            compiled_block_operator_seconds=compiled,
+            compiled_block_backward_operator_seconds=compiled_backward,
             backward_operator_seconds=backward,
             adamw_parameters_per_second=adamw,
             adamw_tensor_seconds=per_tensor,
@@ -124,18 +125,18 @@ def _product(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> Call:
         whole = torch.empty(m, n, dtype=torch.int32)
         return lambda: torch._int_mm(left, right, out=whole)
     if form == "nt":
-        left, right = _noise(m, k, dtype=dtype), _noise(n, k, dtype=dtype).t()
+        left, right = noise(m, k, dtype=dtype), noise(n, k, dtype=dtype).t()
     elif form == "nn":
-        left, right = _noise(m, k, dtype=dtype), _noise(k, n, dtype=dtype)
+        left, right = noise(m, k, dtype=dtype), noise(k, n, dtype=dtype)
     else:
-        left, right = _noise(k, m, dtype=dtype).t(), _noise(k, n, dtype=dtype)
+        left, right = noise(k, m, dtype=dtype).t(), noise(k, n, dtype=dtype)
     out = torch.empty(m, n, dtype=dtype)
     return lambda: torch.mm(left, right, out=out)
 
 
 def _batched(clock: Clock, batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[MatmulRate]:
     """Scores (`nt`: queries by keys) and what is made of values (`nn`)."""
-    scores, queries, keys = _noise(batch, m, n, dtype=dtype), _noise(batch, m, k, dtype=dtype), _noise(batch, n, k, dtype=dtype)
+    scores, queries, keys = noise(batch, m, n, dtype=dtype), noise(batch, m, k, dtype=dtype), noise(batch, n, k, dtype=dtype)
     mixed = torch.empty_like(queries)
     flops = 2 * batch * m * n * k
     forward = clock.seconds(lambda: torch.bmm(queries, keys.mT, out=scores))
@@ -164,11 +165,11 @@ def _memory(clock: Clock, largest_bytes: int, notes: list[str]) -> Iterator[Memo
 def _memory_calls(rows: int, dtype: torch.dtype) -> dict[str, tuple[Call, int]]:
     """Operators over rows of _COLUMNS elements, with the bytes that they read and write."""
     aten: Any = torch.ops.aten
-    a, b, out = (_noise(rows, _COLUMNS, dtype=dtype) for _ in range(3))
+    a, b, out = (noise(rows, _COLUMNS, dtype=dtype) for _ in range(3))
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     cast, sums = torch.empty(rows, _COLUMNS, dtype=other), torch.empty(rows, dtype=dtype)
     mean, scale = torch.empty(rows, 1), torch.empty(rows, 1)
-    weight, bias = _noise(_COLUMNS, dtype=dtype), _noise(_COLUMNS, dtype=dtype)
+    weight, bias = noise(_COLUMNS, dtype=dtype), noise(_COLUMNS, dtype=dtype)
     order, flags = torch.randperm(rows), a > 0
     size = a.nbytes
     if a.device.type == "cpu":
@@ -234,7 +235,7 @@ def _attention(clock: Clock, notes: list[str]) -> Iterator[AttentionRate]:
 def _attend(clock: Clock, shape: tuple[int, ...], dtype: torch.dtype, mask: Tensor | None) -> tuple[float, float]:
     """Seconds forward and backward; the layout is that of a model: heads beside each other in a row of hidden values."""
     batch, heads, length, size = shape
-    q, k, v = (_noise(batch, length, heads, size, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    q, k, v = (noise(batch, length, heads, size, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
 
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -247,7 +248,7 @@ def _attend(clock: Clock, shape: tuple[int, ...], dtype: torch.dtype, mask: Tens
 def _loss(clock: Clock, notes: list[str]) -> Iterator[LossRate]:
     for dtype in FLOATS:
         for rows, vocabulary in ((512, 2048), (128, 32_000)):
-            logits = _noise(rows, vocabulary, dtype=dtype).requires_grad_()
+            logits = noise(rows, vocabulary, dtype=dtype).requires_grad_()
             targets = torch.arange(rows)
             with _may_fail(f"loss of {_name(dtype)}", notes):
                 loss = F.cross_entropy(logits, targets)
@@ -281,7 +282,7 @@ def _adamw(clock: Clock, large: int = 2**23, small: int = 200) -> tuple[float, f
 
 def _operators(clock: Clock) -> float:
     """Seconds of a tiny operator from Python. On accelerators what the host needs to start it."""
-    a, b = _noise(64), _noise(64)
+    a, b = noise(64), noise(64)
     with torch.no_grad():
         return clock.seconds(lambda: torch.add(a, b), budget=0.1)
 
@@ -290,7 +291,7 @@ def _recorded_operators(
     clock: Clock, operator: Callable[[Tensor], Tensor] = lambda value: value * 1.0, length: int = 64
 ) -> tuple[float, float]:
     """Seconds of a tiny operator recorded for backward, and of its backward, in a chain of `length`."""
-    first = _noise(64).requires_grad_()
+    first = noise(64).requires_grad_()
 
     def chain() -> Tensor:
         value = first
@@ -302,60 +303,6 @@ def _recorded_operators(
     gradient = torch.ones_like(end)
     backward = clock.seconds(lambda: torch.autograd.grad(end, first, gradient, retain_graph=True), budget=0.1)
     return clock.seconds(chain, budget=0.1) / length, backward / length
-
-
-class _Count(TorchDispatchMode):
-    """Counts operators that do work, and views."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operators = self.views = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.is_view or func is torch.ops.aten._unsafe_view.default:
-            self.views += 1
-        else:
-            self.operators += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _block_operators(clock: Clock, view_seconds: tuple[float, float]) -> tuple[float, float]:
-    """Seconds of an operator among those of a decoder's blocks, forward and backward; views are counted by themselves.
-
-    The model is transformers' Llama, of no size: what it takes is Python, modules and autograd.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=16))
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-
-    def forward() -> Tensor:
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-        return logits.sum()
-
-    trained = list(model.parameters())
-
-    def backward() -> None:
-        torch.autograd.grad(end, trained, retain_graph=True)
-
-    with _Count() as ahead:
-        end = forward()
-    with _Count() as back:
-        backward()
-    taken = clock.seconds(forward, budget=0.1), clock.seconds(backward, budget=0.1)
-    in_forward, in_backward = (
-        max(whole - count.views * view, whole / 4) / count.operators
-        for whole, count, view in zip(taken, (ahead, back), view_seconds, strict=True)
-    )
-    return in_forward, in_backward
-
-
-def _noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers that are not zero: some processors are quicker with zeros, and denormal ones are slow."""
-    count = math.prod(shape)
-    block = torch.randn(min(count, _BLOCK)).mul_(0.5).to(dtype)
-    return block.repeat(-(-count // len(block)))[:count].view(shape)
 
 
 def _name(dtype: torch.dtype) -> str:

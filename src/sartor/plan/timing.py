@@ -8,6 +8,7 @@ from functools import cache, cached_property
 import torch
 
 from sartor.data.pack import collate
+from sartor.kernels import arena
 from sartor.machine import Machine
 from sartor.machine.calibration import CollectiveRate, load_calibration
 from sartor.plan.processes import with_sums
@@ -15,7 +16,7 @@ from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.operations import Operations
-from sartor.predict.rates import CalibratedRates, CatalogueRates, Rates
+from sartor.predict.rates import KEEPS_UP_TO, CalibratedRates, CatalogueRates, Rates
 from sartor.predict.target import Target
 from sartor.predict.time import TimeForecast, Work, expenses_of, forecast_time, network_of
 from sartor.predict.whole import trace_job
@@ -29,7 +30,7 @@ def rates_of(machine: Machine) -> Rates | None:
     """Measured rates where this machine is calibrated, published ones where its device is known, else nothing."""
     calibration = None if machine.elsewhere else load_calibration(machine)
     if calibration is not None and calibration.device.matmul and calibration.device.memory:
-        return CalibratedRates(calibration)
+        return CalibratedRates(calibration, keeps_up_to=None if arena.usable() else KEEPS_UP_TO)
     try:
         return None if machine.rates is None else CatalogueRates(machine.rates)
     except ValueError:  # a device whose rates are not published

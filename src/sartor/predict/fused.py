@@ -11,6 +11,9 @@ from typing import Any
 from sartor.kernels.loss import Extent
 from sartor.predict.operations import Operation
 
+COMPILED = {"rms_norm", "silu_mul", "rotate"}
+"""Operators of `sartor.kernels.fused` that tell that blocks were compiled."""
+
 
 def extent_of(args: Sequence[Any]) -> Extent:
     """That of a call of `linear_cross_entropy_`."""

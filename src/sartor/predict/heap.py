@@ -1,6 +1,7 @@
 """Replay a ledger through glibc's malloc: the resident memory of its tensors on a CPU.
 
-On a CPU, PyTorch gets each storage from `posix_memalign` and gives it back to `free` (c10/core/impl/alloc_cpu.cpp), so resident
+A run's tensors come from an arena where it can be compiled (`arena.py`), and only what lies beside them from malloc. Else,
+PyTorch gets each storage from `posix_memalign` and gives it back to `free` (c10/core/impl/alloc_cpu.cpp), so resident
 memory exceeds the live tensors by the free chunks between them: chunks below malloc's mmap threshold, which rises to 32 MiB
 while a program runs, come from one heap that shrinks only at its end. `heap_malloc.py` is that allocator, `heap_state.py` what
 it holds already.
@@ -20,9 +21,10 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sartor.predict.arena import Arena
 from sartor.predict.heap_malloc import Chunk, HeapConfig, Malloc
 from sartor.predict.ledger import Event, Ledger
 
@@ -73,15 +75,18 @@ class Heap:
         return self.peak_resident_bytes - self.peak_live_bytes
 
 
-def forecast_heap(ledger: Ledger, config: HeapConfig | None = None, *, steps: int = _STEPS) -> Heap:
+def forecast_heap(
+    ledger: Ledger, config: HeapConfig | None = None, *, steps: int = _STEPS, apart: Callable[[int], bool] | None = None
+) -> Heap:
     """What a run of so many steps adds to the resident memory of a process whose heap is `config`: the middle of a few replays.
+    Storages of the sizes that are `apart` have an arena of their own.
 
     The heap drifts apart for some steps, so the ledger's last one, the second, is repeated where the run has more.
     """
     config = config or HeapConfig()
     events = repeat_last_step(ledger.events, times=max(min(steps, _STEPS) - 2, 0))
     kept = _beside_kept(ledger)
-    found = [replay_heap(events, config, seed=number, kept=kept) for number in range(_REPLAYS)]
+    found = [replay_heap(events, config, seed=number, kept=kept, apart=apart) for number in range(_REPLAYS)]
     mean = sum(heap.peak_resident_bytes for heap in found) // _REPLAYS
     typical = min(found, key=lambda heap: abs(heap.peak_resident_bytes - mean))
     return dataclasses.replace(typical, peak_resident_bytes=mean)
@@ -105,31 +110,40 @@ def replay_heap(
     *,
     seed: int | None = None,
     kept: float | None = None,
+    apart: Callable[[int], bool] | None = None,
 ) -> Heap:
     """Resident bytes that a ledger's storages add under glibc's malloc; with companions where there is a seed to draw them by,
-    `kept` of them beside a storage that waits for the backward pass (default: as in `COMPANIONS`)."""
+    `kept` of them beside a storage that waits for the backward pass (default: as in `COMPANIONS`). Storages of the sizes that are
+    `apart` come from an arena, their companions from malloc."""
     events = ledger.events if isinstance(ledger, Ledger) else ledger
     heap = Malloc(config)
     companions = _Companions(events, seed, kept) if seed is not None else None
     chunks: dict[int, list[Chunk]] = {}
+    arena, blocks = Arena(), dict[int, tuple[int, int]]()
     live = peak_live = peak = at = 0
     for place, event in enumerate(events):
         live += event.size_bytes
         if event.size_bytes < 0:
             for chunk in chunks.pop(event.storage):
                 heap.free(chunk)
+            if (block := blocks.pop(event.storage, None)) is not None:
+                arena.give(block)
         elif event.size_bytes > 0:  # an empty tensor has no memory
             held = [heap.malloc(size) for size in companions.of(event)] if companions else []
-            chunks[event.storage] = [heap.memalign(event.size_bytes), *held]
+            if apart is not None and apart(event.size_bytes):
+                blocks[event.storage] = arena.take(event.size_bytes)
+            else:
+                held.insert(0, heap.memalign(event.size_bytes))
+            chunks[event.storage] = held
             peak_live = max(peak_live, live)
-            resident = heap.resident_bytes
+            resident = heap.resident_bytes + arena.resident_bytes
             if resident > peak:
                 peak, at = resident, place
     return Heap(
         peak_resident_bytes=peak,
         event=at,
         phase=events[at].phase if events else "",
-        final_resident_bytes=heap.resident_bytes,
+        final_resident_bytes=heap.resident_bytes + arena.resident_bytes,
         peak_live_bytes=peak_live,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sartor.errors import JobError
 from sartor.job.schema import Job
+from sartor.kernels import arena
 from sartor.machine import Machine
 from sartor.machine.heap import has_glibc
 from sartor.machine.memory import resident_bytes
@@ -20,6 +21,7 @@ from sartor.methods import traits
 from sartor.model import ModelSource, skeleton
 from sartor.parallel import Layout
 from sartor.predict.allocator import AllocatorConfig, replay
+from sartor.predict.arena import takes
 from sartor.predict.heap import LOADED_BYTES, forecast_heap
 from sartor.predict.heap_state import process_heap
 from sartor.predict.largest import LargestSteps
@@ -209,6 +211,8 @@ class _Surroundings:
 
     @classmethod
     def of(cls, machine: Machine, target: Target, layout: Layout) -> _Surroundings:
+        if machine.device.kind == "cpu":
+            arena.give_back()  # of an earlier run in this process
         own = resident_bytes() if machine.device.kind == "cpu" else 0
         around = target.context_bytes + target.communicator_bytes(layout.communicators)
         return cls(
@@ -239,8 +243,10 @@ def _of_rank(
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
         tensors = reserved.reserved.total_bytes
     else:
-        heap = process_heap(kept=True)
-        tensors = forecast_heap(ledger, heap, steps=steps).peak_resident_bytes if has_glibc() else peak.total_bytes
+        heap, apart = process_heap(kept=True), takes if arena.usable() else None
+        tensors = peak.total_bytes
+        if has_glibc() or apart:
+            tensors = forecast_heap(ledger, heap, steps=steps, apart=apart).peak_resident_bytes
     verdict, reason = judge(baseline + tensors, available, around.tight_share, reserved)
     return MemoryForecast(
         **around.known,

@@ -30,8 +30,9 @@ class Rates(Protocol):
 
     def seconds(self, operation: Operation, kind: Pass) -> float: ...
 
-    def during(self, footprint: int) -> Rates:
-        """Those while a step runs that goes through so many bytes before it comes back to the same ones."""
+    def during(self, footprint: int, *, compiled: bool = False) -> Rates:
+        """Those while a step runs that goes through so many bytes before it comes back to the same ones. `compiled`: its blocks
+        have Sartor's kernels."""
         ...
 
     def peak(self, dtype: str) -> float:
@@ -83,21 +84,26 @@ class CalibratedRates:
         if not rates.matmul or not rates.memory:
             raise ValueError("the calibration is not complete: measure again when the machine is idle")
         self._rates, self._keeps_up_to, self._footprint = rates, keeps_up_to, 0
+        self._overheads = {"backward": rates.block_backward_operator_seconds, "update": rates.operator_seconds}
+        self._overhead = rates.block_operator_seconds
         self._products = _products(rates)
         self._memory = _memory(rates)
         self._attention = _attention(rates)
         self._loss = _loss(rates)
         self._known = cache(self._seconds)
-        self._during: dict[int, CalibratedRates] = {}
+        self._during: dict[tuple[int, bool], CalibratedRates] = {}
 
-    def during(self, footprint: int) -> CalibratedRates:
+    def during(self, footprint: int, *, compiled: bool = False) -> CalibratedRates:
         """Operators on memory are as fast as they are on operands of that size together: what is larger than the caches is not
         in them when it is used again."""
         size = 1 << footprint.bit_length()
-        if size not in self._during:
-            made = self._during[size] = copy.copy(self)
+        if (size, compiled) not in self._during:
+            made = self._during[size, compiled] = copy.copy(self)
             made._footprint, made._known = size, cache(made._seconds)
-        return self._during[size]
+            ahead, back = self._rates.compiled_block_operator_seconds, self._rates.compiled_block_backward_operator_seconds
+            if compiled and ahead is not None and back is not None:
+                made._overhead, made._overheads = ahead, {**self._overheads, "backward": back}
+        return self._during[size, compiled]
 
     def seconds(self, operation: Operation, kind: Pass) -> float:
         return self._known(operation, kind)
@@ -112,8 +118,8 @@ class CalibratedRates:
             return rates.view_backward_seconds if kind == "backward" else rates.view_seconds
         if operation.family == "optimizer":
             return operation.bytes / (ADAMW_BYTES * rates.adamw_parameters_per_second) + rates.adamw_tensor_seconds
-        overhead = {"backward": rates.block_backward_operator_seconds, "update": rates.operator_seconds}
-        return overhead.get(kind, rates.block_operator_seconds) + self._work(operation) + self._new_memory(operation)
+        overhead = self._overheads.get(kind, self._overhead)
+        return overhead + self._work(operation) + self._new_memory(operation)
 
     def _work(self, operation: Operation) -> float:
         if operation.family == "matmul" and operation.flops and len(operation.sizes) == 4:
@@ -283,7 +289,7 @@ class CatalogueRates:
     def seconds(self, operation: Operation, kind: Pass) -> float:
         return self._known(operation, kind)
 
-    def during(self, footprint: int) -> CatalogueRates:
+    def during(self, footprint: int, *, compiled: bool = False) -> CatalogueRates:
         """Published bandwidths are those of the memory, whatever the caches hold."""
         return self
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sartor.machine.catalogue import DeviceModel
 from sartor.parallel import Layout
+from sartor.predict.fused import COMPILED
 from sartor.predict.operations import Group, Operations, Segment
 from sartor.predict.rates import Rates
 from sartor.predict.streams import Block, Link, Network, Spent, collective_seconds, run_blocks, run_pipeline
@@ -155,7 +156,8 @@ class _Rank:
 
     def __post_init__(self) -> None:
         self.traced = self.operations.step()
-        self.rates = self.rates.during(self.traced.footprint())
+        compiled = any(operation.name in COMPILED for operation in self.traced.table)
+        self.rates = self.rates.during(self.traced.footprint(), compiled=compiled)
         seconds = self.traced.seconds(self._compute_seconds)
         self._blocks = [
             (segment, self._block(segment, float(computed)))

@@ -13,6 +13,7 @@ import torch
 
 from sartor.errors import DoesNotFit, RunError
 from sartor.job.units import format_bytes
+from sartor.kernels import arena
 from sartor.machine import Machine
 from sartor.machine.heap import give_back_freed_memory
 from sartor.machine.memory import peak_resident_bytes, resident_bytes
@@ -76,6 +77,7 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
             remedy="--resume with a smaller strategy.micro_batch, or with fewer strategy.processes",
         )
     give_back_freed_memory()
+    arena.give_back()
     room = min(plan.forecast.available_bytes * forecast // max(measured, forecast), measured, int(LESS * forecast))
     try:
         smaller = make(plan.job, _with_room(plan, room))

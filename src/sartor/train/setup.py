@@ -20,6 +20,7 @@ from sartor.data.order import BatchOrder
 from sartor.data.pack import Batch, fill_rows, shares, step_batches
 from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
+from sartor.kernels import arena
 from sartor.kernels.native import missing
 from sartor.machine.heap import Reserve, keep_freed_memory
 from sartor.machine.products import keep_few_products
@@ -82,7 +83,10 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
         set_expandable_segments(strategy.expandable_segments)
     else:
         keep_few_products()
-        if keep_freed_memory():
+        kept = keep_freed_memory()
+        if arena.use():
+            say("tensors have memory of their own, kept from step to step")
+        elif kept:
             say("malloc keeps freed memory for the next step")
     tokenizer = load_tokenizer(job.model)
     assert job.data.max_length is not None, "a plan's job is resolved"
