@@ -16,6 +16,8 @@ import platform
 TRIM_THRESHOLD = 2**63 - 1
 """Free bytes at the heap's end above which it shrinks: never."""
 
+LARGE_BLOCK = 2**20
+
 _MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD = 2**30, 2**25
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NO_TRIM = -1, -3, -1  # malloc.h, mallopt(3)
 _USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
@@ -51,6 +53,13 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all((libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold()), libc.mallopt(_M_TRIM_THRESHOLD, _NO_TRIM)))
+
+
+def give_back_large_blocks() -> None:
+    """From now on, large blocks go back to the system when they are freed: where memory is a budget and blocks come and go, a heap
+    full of holes would take more than is in use. (glibc raises the size from which blocks are given back, unless it is told one.)"""
+    if keeps_freed_memory():
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def give_back_freed_memory() -> None:

@@ -62,6 +62,8 @@ class Gauge:
     """Bytes of all chunks that are on the device, their peak, and, if wanted, every change."""
 
     watch: bool = False
+    limit: int | None = None
+    """Nothing is fetched ahead beyond it, and what is needed at once waits for what is leaving."""
     device_bytes: int = 0
     peak_bytes: int = 0
 
@@ -72,6 +74,10 @@ class Gauge:
     def add(self, size: int) -> None:
         self.device_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+
+    def over(self, size: int) -> int:
+        """By how much `size` more bytes would be too many."""
+        return 0 if self.limit is None else max(self.device_bytes + size - self.limit, 0)
 
     def note(self, chunk: str, state: State) -> None:
         if self.watch:
@@ -112,10 +118,17 @@ class Chunk:
         if not self.here:
             self._become(State.HOLD)
 
-    def fetch(self) -> None:
-        """Begin to bring it to the device, if it is away."""
-        if self.state is not State.FREE:
+    def make_room(self, size: int) -> None:
+        """Wait for what is leaving, until `size` bytes have room or nothing is left to wait for."""
+        over = self._gauge.over(size)
+        if over:
+            self._mover.settle(max(self._mover.leaving_bytes - over, 0))
+
+    def fetch(self, *, ahead: bool = False) -> None:
+        """Begin to bring it to the device, if it is away. `ahead`: only if there is room now."""
+        if self.state is not State.FREE or (ahead and self._gauge.over(self.size)):
             return
+        self.make_room(self.size)
         self._gauge.add(self.size)
         self._become(State.COMING)
         for tensor, region in zip(self.tensors, self._regions, strict=True):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sartor.machine.heap import give_back_large_blocks
 from sartor.placement.activations import Activations
 from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
 from sartor.placement.fill import Fill
@@ -58,13 +59,15 @@ class Engine:
         tiers: Mapping[str, Tier],
         *,
         fill: Fill | None = None,
+        limit: int | None = None,
         watch: bool = False,
     ) -> None:
         """Moves what the table places elsewhere to its tier, row after row. `fill`: for a model on the meta device, gives the
-        parameters of a row their values. `watch`: keep a timeline."""
+        parameters of a row their values. `limit`: bytes of what moves that may be on the device at once. `watch`: keep a
+        timeline."""
         self.model, self.table, self.tiers, self._fill = model, table, dict(tiers), fill
         self.visits = Visits()
-        self.mover, self.gauge = Mover(), Gauge(watch=watch)
+        self.mover, self.gauge = Mover(), Gauge(watch=watch, limit=limit)
         self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
         self.activations = Activations(self.mover, self.tiers)
         self.measure: Callable[[Tensor], Any] | None = None
@@ -77,6 +80,8 @@ class Engine:
         self._last: tuple[str, LiveRow] | None = None
         self._next: dict[tuple[str, LiveRow], tuple[str, LiveRow]] = {}
         self._handles: list[Any] = []
+        if self.moving:
+            give_back_large_blocks()
         for live in self.rows:
             self._settle_in(live)
         if fill is not None:
@@ -234,6 +239,7 @@ class Engine:
         """Gradients of earlier micro-batches, to be added to."""
         if live.gradients is None:
             return
+        live.gradients.make_room(live.gradients.size)  # new ones come by themselves
         away = [parameter for parameter in live.trained if isinstance(parameter.grad, AwayGradient)]
         if away:
             live.gradients.hold()
@@ -317,11 +323,11 @@ class Engine:
     def _expect(self, phase: str, live: LiveRow) -> None:
         """Begin to bring what a row will need."""
         if live.weights is not None and phase != LOOKUP:
-            live.weights.fetch()
+            live.weights.fetch(ahead=True)
         if phase == FORWARD:
             return
         if live.gradients is not None and any(isinstance(parameter.grad, AwayGradient) for parameter in live.trained):
-            live.gradients.fetch()
+            live.gradients.fetch(ahead=True)
         self.activations.fetch(live)
 
     # -- use that no hook announces

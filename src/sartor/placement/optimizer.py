@@ -69,7 +69,7 @@ class StreamedOptimizer:
 
     def _expect(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> None:
         for chunk in self._chunks(live, gradients):
-            chunk.fetch()
+            chunk.fetch(ahead=True)
 
     def _chunks(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> list[Chunk]:
         """What of a row is to be brought for its update."""

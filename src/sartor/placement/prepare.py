@@ -53,9 +53,11 @@ def prepare(
     rows = find_rows(model)
     state_bytes = _state_bytes(optimizer)
     sizes = [row.sizes(state_bytes=state_bytes) for row in rows]
-    table = _table(sizes, policy, budget, lower, activations, _rest(model, sizes, state_bytes))
+    rest = _rest(model, sizes, state_bytes)
+    table = _table(sizes, policy, budget, lower, activations, rest)
+    limit = None if budget is None else max(budget - rest - table.kept_bytes(sizes), 0)
     fill = None if weights is None else from_folder(Path(weights), model)
-    engine = Engine(model, rows, table, _tiers(table, sizes, folder), fill=fill)
+    engine = Engine(model, rows, table, _tiers(table, sizes, folder), fill=fill, limit=limit)
     _guard_state(engine)
     placed = PlacedOptimizer(engine, optimizer)
     if sample is not None:
@@ -94,7 +96,7 @@ def _table(sizes: list[Sizes], policy: Policy, budget: int | None, lower: str, a
         )
     table = within(sizes, budget - rest, lower, activations=activations)  # type: ignore[arg-type]
     if table is None:
-        least = uniform(sizes, lower).device_bytes(sizes) + rest  # type: ignore[arg-type]
+        least = uniform(sizes, lower).least_bytes(sizes) + rest  # type: ignore[arg-type]
         raise UsageError(
             f"weights, gradients and optimizer state do not fit in {format_bytes(budget)}",
             why=f"with everything on the {lower} tier, what is worked on still takes {format_bytes(least)}",

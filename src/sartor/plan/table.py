@@ -5,7 +5,7 @@ Data and arithmetic only. `sartor.placement` runs what a table says; the forecas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,18 +63,25 @@ class Table:
         return sum(getattr(size, kind) for size in sizes for kind in KINDS if getattr(self.row(size.name), kind) == place)
 
     def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
-        """At most so much of what lives elsewhere is on the device at once.
+        """At most so much of what lives elsewhere is on the device at once, where nothing limits it.
 
         In an update that is the row that is updated, the next one, which is fetched, and the last one, which is written. In a
         backward pass it is the weights and gradients of two rows, and the gradients of one that is written.
         """
-        moved = [
-            {kind: getattr(size, kind) if getattr(self.row(size.name), kind) != "device" else 0 for kind in KINDS}
-            for size in sizes
-        ]
+        moved = self._moved(sizes)
         largest = {kind: max((entry[kind] for entry in moved), default=0) for kind in KINDS}
         update = max((sum(entry.values()) for entry in moved), default=0)
         return max(3 * update, 2 * largest["weights"] + 3 * largest["gradients"])
+
+    def least_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """The same where nothing is fetched ahead, and what is written is waited for: one row and its update."""
+        return max((sum(entry.values()) for entry in self._moved(sizes)), default=0)
+
+    def _moved(self, sizes: Sequence[Sizes]) -> list[dict[str, int]]:
+        return [
+            {kind: getattr(size, kind) if getattr(self.row(size.name), kind) != "device" else 0 for kind in KINDS}
+            for size in sizes
+        ]
 
     def device_bytes(self, sizes: Sequence[Sizes]) -> int:
         """Peak of weights, gradients and state on the device."""
@@ -92,27 +99,26 @@ def uniform(sizes: Sequence[Sizes], place: Place, *, activations: Place = "devic
 
 def within(sizes: Sequence[Sizes], budget_bytes: int, place: Place, *, activations: Place = "device") -> Table | None:
     """The table that keeps `budget_bytes` and moves least: of what must go to `place`, the cheapest kinds first, the last rows
-    before the first. None where even moving everything needs more."""
-    gone: set[tuple[str, str]] = set()
+    before the first. With room to fetch ahead if that can be, else without. None where even moving everything needs more."""
+    candidates = list(_ever_less(sizes, place, activations))
+    for ahead in (True, False):
+        for table in candidates:
+            moving = table.moving_bytes(sizes) if ahead else table.least_bytes(sizes)
+            if table.kept_bytes(sizes) + moving <= budget_bytes:
+                return table
+    return None
+
+
+def _ever_less(sizes: Sequence[Sizes], place: Place, activations: Place) -> Iterator[Table]:
+    """Tables that keep everything, then less and less."""
+    gone: dict[str, dict[str, Place]] = {size.name: {} for size in sizes}
 
     def table() -> Table:
-        return Table(
-            rows=tuple(
-                RowPlaces(
-                    name=size.name,
-                    activations=activations,
-                    **{kind: place if (size.name, kind) in gone else "device" for kind in KINDS},
-                )
-                for size in sizes
-            )
-        )
+        return Table(rows=tuple(RowPlaces(name=name, activations=activations, **away) for name, away in gone.items()))
 
-    current = table()
+    yield table()
     for kind in KINDS:
         for size in reversed(sizes):
-            if current.device_bytes(sizes) <= budget_bytes:
-                return current
             if getattr(size, kind):
-                gone.add((size.name, kind))
-                current = table()
-    return current if current.device_bytes(sizes) <= budget_bytes else None
+                gone[size.name][kind] = place
+                yield table()
