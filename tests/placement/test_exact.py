@@ -17,7 +17,7 @@ from sartor.data.pack import step_batches
 from sartor.data.tokens import Sample, TokenSet
 from sartor.job import from_mapping
 from sartor.placement import DiskTier, Engine, HostTier, PlacedStep, find_rows
-from sartor.plan.table import RowPlaces, Table, uniform
+from sartor.plan.table import RowPlaces, Sizes, Table, uniform
 from sartor.step import Precision, TensorBatch, TrainStep, make_step, make_trainable
 
 STEPS = 3
@@ -80,7 +80,7 @@ def run(step: TrainStep, micro_batches: int) -> tuple[list[Tensor], list[Tensor]
 def placed(step: TrainStep, tmp_path: Path, place: str, *, activations: str = "device") -> PlacedStep:
     tiers = {"host": HostTier(), "disk": DiskTier(tmp_path)}
     rows = find_rows(step.model)
-    sizes = [row.sizes() for row in rows]
+    sizes = [Sizes.of(row) for row in rows]
     if place == "mixed":
         places = ("disk", "host", "device")
         table = Table(
@@ -115,7 +115,7 @@ def assert_same(
         here = [live for live in moved.engine.rows if live.weights is not None and live.weights.state != "free"]
         assert len(here) <= 2, "rows that are used do not go"
         masters = job["mode"] == "bf16-master"
-        sizes = [row.sizes(state_bytes=10 if masters else 8, gradient_bytes=4) for row in find_rows(moved.model)]
+        sizes = [Sizes.of(row, state_bytes=10 if masters else 8, gradient_bytes=4) for row in find_rows(moved.model)]
         assert 0 < moved.engine.gauge.peak_bytes <= moved.engine.table.moving_bytes(sizes)
     moved.engine.detach()
     for name, parameter in plain.parameters.items():

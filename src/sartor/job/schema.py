@@ -202,6 +202,11 @@ class StrategyJob:
 
     micro_batch: Literal["auto"] | int = option("auto", "rows computed at once; the rest of a step is accumulated", at_least=1)
     recompute: Literal["auto", "none", "full"] = option("auto", "drop activations in forward and compute them again in backward")
+    placement: Literal["auto", "device", "disk"] = option(
+        "auto",
+        "on a CPU, where weights, gradients and optimizer state live while nothing computes with them: device (in memory), disk "
+        "(a file in TMPDIR; the result is the same to the bit); `auto`: as little on disk as lets the job fit",
+    )
     attention: Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"] = option(
         "auto",
         "attention kernel, by transformers' name; segments (ours, for CPUs: every example of a row by itself). `auto`: on a CPU "

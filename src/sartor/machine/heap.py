@@ -56,8 +56,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_large_blocks() -> None:
-    """From now on, large blocks go back to the system when they are freed: where memory is a budget and blocks come and go, a heap
-    full of holes would take more than is in use. (glibc raises the size from which blocks are given back, unless it is told one.)"""
+    """From now on, large blocks go back to the system when they are freed: where memory is a budget and blocks come and go, a
+    heap full of holes takes more than is in use. (Left alone, glibc raises the size from which blocks are given back.)"""
     if keeps_freed_memory():
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 

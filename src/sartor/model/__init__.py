@@ -1,7 +1,7 @@
 """Models: where they come from, how they are built, what they are made of."""
 
 from sartor.model.blocks import Anatomy, Stack, dissect
-from sartor.model.build import build, check_trainable, skeleton
+from sartor.model.build import build, build_empty, check_trainable, skeleton
 from sartor.model.quantise import quantise_skeleton, weight_bytes
 from sartor.model.source import ModelSource, load_tokenizer, resolve
 
@@ -10,6 +10,7 @@ __all__ = [
     "ModelSource",
     "Stack",
     "build",
+    "build_empty",
     "check_trainable",
     "dissect",
     "load_tokenizer",

@@ -62,6 +62,17 @@ def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None =
         return _from_config(source, dtype, attention)
 
 
+def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+    """The model without its weights: parameters on the meta device, buffers in memory. Raises ModelError."""
+    from accelerate import init_empty_weights
+
+    _know(attention)
+    with init_empty_weights(include_buffers=False):
+        model = _from_config(source, dtype, attention)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
 def build(
     source: ModelSource,
     *,

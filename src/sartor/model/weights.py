@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ class _Entry(NamedTuple):
 
 
 class WeightFiles:
-    """The tensors of a folder of safetensors, by name."""
+    """The tensors of a safetensors file, or of a folder of them, by name."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers only. Raises ModelError where a file is damaged."""
         index = folder / _INDEX
-        if index.is_file():
+        if folder.is_file():
+            paths = [folder]
+        elif index.is_file():
             paths = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         else:
             paths = sorted(folder.glob("*.safetensors"))
@@ -49,6 +52,14 @@ class WeightFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def empty(self, name: str) -> Tensor:
+        """A tensor of this one's shape and format, to read it into."""
+        entry = self._entries[name]
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
 
     def read(self, name: str, into: Tensor) -> None:
         """Fill a contiguous tensor in main memory, converting where its format is another one. Raises ModelError."""
@@ -91,3 +102,30 @@ def _header(path: Path) -> dict[str, _Entry]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def write_weights(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], values: Callable[[int], Tensor], *, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, as `safetensors.torch.save_file` writes it, of tensors that are not all in memory.
+
+    `tensors`: names, shapes and formats; `values(n)` gives the n-th when its turn comes.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    order = sorted(range(len(tensors)), key=lambda n: (-tensors[n][1].element_size(), tensors[n][0]))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for number in order:
+        name, like = tensors[number]
+        start, end = end, end + like.numel() * like.element_size()
+        header[name] = {"dtype": names[like.dtype], "shape": list(like.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for number in order:
+            tensor = values(number).detach().contiguous()
+            if tensor.numel():
+                file.write(
+                    memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
+                )

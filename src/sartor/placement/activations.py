@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sartor.placement.tiers import Mover, Tier
 
 if TYPE_CHECKING:
-    from sartor.placement.engine import Engine, LiveRow
+    from sartor.placement.engine import Engine
+from sartor.placement.live import LiveRow
 
 SMALLEST = 2**12
 """Smaller storages stay: they cost more to move than they take."""

@@ -15,37 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sartor.kernels.adam import RESIDUAL
 from sartor.machine.heap import give_back_large_blocks
+from sartor.model.rows import Row
 from sartor.placement.activations import Activations
 from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
 from sartor.placement.fill import Fill
 from sartor.placement.gradients import AwayGradient
-from sartor.placement.rows import Row
+from sartor.placement.live import LiveRow, Watch
 from sartor.placement.tiers import Mover, Tier
-from sartor.plan.table import RowPlaces, Table
+from sartor.plan.table import Table
 
 FORWARD, BACKWARD, LOOKUP = "forward", "backward", "lookup"
 """Uses of a row; `lookup` is the backward pass of embeddings, which does without weights."""
-
-
-class LiveRow:
-    """A row, and where its chunks are. A chunk is None where the kind stays on the device."""
-
-    def __init__(self, row: Row, places: RowPlaces) -> None:
-        self.row, self.places = row, places
-        self.weights: Chunk | None = None
-        self.gradients: Chunk | None = None
-        self.state: Chunk | None = None
-        self.uses = 0
-        self.pinned = False
-        """Weights stay: something reads them at times that nobody announces."""
-        self.trained = list(row.trained.values())
-
-    @property
-    def name(self) -> str:
-        return self.row.name
 
 
 class Engine:
@@ -100,6 +83,11 @@ class Engine:
         live.weights, live.gradients, live.state = (self.chunk(live, kind) for kind in ("weights", "gradients", "state"))
         if self._fill is not None:
             self._fill(live.row.parameters)
+        residuals = [vars(parameter)[RESIDUAL] for parameter in live.trained if RESIDUAL in vars(parameter)]
+        if residuals and live.state is not None:
+            live.state.adopt(residuals)
+            live.state.store()
+            self.mover.settle(live.state.size)
         if live.weights is None:
             return
         for parameter in live.row.parameters.values():
@@ -120,8 +108,7 @@ class Engine:
         def hook(handle: Any) -> None:
             self._handles.append(handle)
 
-        hook(self.model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True))
-        hook(self.model.register_forward_hook(lambda *_: self._after_model(), always_call=True))
+        self.follow(self.model)
         for live in self.moving:
             for module in live.row.modules:
                 hook(module.register_forward_pre_hook(lambda *_, live=live: self._before_forward(live), prepend=True))
@@ -130,6 +117,11 @@ class Engine:
                         lambda module, _, output, live=live: self._after_forward(live, module, output), prepend=True
                     )
                 )
+
+    def follow(self, model: nn.Module) -> None:
+        """Calls of this module are forward passes: of the model, or of what wraps it."""
+        self._handles.append(model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True))
+        self._handles.append(model.register_forward_hook(lambda *_: self._after_model(), always_call=True))
 
     def on_detach(self, *handles: Any) -> None:
         """Hooks that go when the model is not placed any more."""
@@ -165,7 +157,7 @@ class Engine:
         self.visits.leave()
         self.activations.enter(self)
         if not self._warm and self._watch is None:
-            self._watch = Watch(self)
+            self._watch = Watch(self.touched)
             self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _after_model(self) -> None:
@@ -228,6 +220,8 @@ class Engine:
             self.end_forward()
             self.visits.leave()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            for other in self.rows:  # of a head that was computed with the loss
+                self.send_gradients(other)
         self._finish_backward()
         self._backward = live
         if live.weights is not None and phase == BACKWARD:
@@ -239,10 +233,13 @@ class Engine:
         """Gradients of earlier micro-batches, to be added to."""
         if live.gradients is None:
             return
-        live.gradients.make_room(live.gradients.size)  # new ones come by themselves
         away = [parameter for parameter in live.trained if isinstance(parameter.grad, AwayGradient)]
         if away:
             live.gradients.hold()
+        else:
+            live.expected = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in live.trained)
+            live.gradients.make_room(live.expected)
+            self.gauge.add(live.expected)
         for parameter in away:
             parameter.grad = parameter.grad.held  # type: ignore[union-attr]
 
@@ -258,6 +255,8 @@ class Engine:
     def send_gradients(self, live: LiveRow) -> None:
         """Write the gradients that are on the device to where they live."""
         chunk = live.gradients
+        self.gauge.add(-live.expected)
+        live.expected = 0
         real = {p: p.grad for p in live.trained if p.grad is not None and not isinstance(p.grad, AwayGradient)}
         if chunk is None or not real:
             return
@@ -287,6 +286,8 @@ class Engine:
         self.activations.leave()
         self.end_forward()
         for live in self.rows:
+            self.gauge.add(-live.expected)
+            live.expected = 0
             if live.gradients is not None:
                 for parameter in live.trained:
                     parameter.grad = None
@@ -352,20 +353,15 @@ class Engine:
             if absent and live.weights is not None:
                 live.weights.drop()
 
-
-class Watch(TorchDispatchMode):
-    """Brings weights that an operator reads while they are away."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._engine = engine
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.detach.default:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and not isinstance(leaf, AwayGradient):
-                    live = self._engine.touched(leaf)
-                    if live is not None and live.weights is not None and not live.weights.here:
-                        live.pinned = True
-                        live.weights.hold()
-        return func(*args, **(kwargs or {}))
+    @contextlib.contextmanager
+    def head(self) -> Iterator[None]:
+        """The weights of the model's head are on the device in this context, whoever calls it."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None  # type: ignore[operator]
+        live = next((live for live in self.rows if head in live.row.modules), None)
+        if live is None:
+            yield
+            return
+        live.pinned, before = True, live.pinned
+        with self.gathered(live):
+            yield
+            live.pinned = before

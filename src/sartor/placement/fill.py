@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from sartor.errors import ModelError
+from sartor.kernels.adam import RESIDUAL, split
 from sartor.model.weights import WeightFiles
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]
 """Gives these parameters, which are on the meta device, memory and their values. Called once for every row."""
 
 
-def from_folder(folder: Path, model: nn.Module) -> Fill:
-    """Values from safetensors, by the names of `model`. Raises ModelError where some are missing."""
+def from_folder(folder: Path, model: nn.Module, *, masters: bool = False) -> Fill:
+    """Values from safetensors, by the names of `model`. Raises ModelError where some are missing.
+
+    `masters`: what is read as float32 becomes bfloat16 and its residual, which waits at the parameter (`sartor.kernels.adam`).
+    """
     files = WeightFiles(folder)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -33,8 +37,13 @@ def from_folder(folder: Path, model: nn.Module) -> Fill:
         for parameter in parameters.values():
             if parameter.is_meta:
                 name = next(alias for alias in names[id(parameter)] if alias in files)
-                put(parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
-                files.read(name, parameter.data)
+                values, residual = torch.empty(parameter.shape, dtype=parameter.dtype), None
+                files.read(name, values)
+                if masters:
+                    values, residual = split(values)
+                put(parameter, values)
+                if residual is not None:
+                    setattr(parameter, RESIDUAL, residual)
 
     return fill
 

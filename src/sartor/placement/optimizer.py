@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sartor.placement.chunk import Chunk, State, own_storage
-from sartor.placement.engine import Engine, LiveRow
+from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
+from sartor.placement.live import LiveRow
 
 SMALLEST = 256
 """State of fewer bytes (a step count) stays on the device."""
@@ -32,7 +33,7 @@ class StreamedOptimizer:
         placed = {id(p) for live in engine.moving for p in live.trained}
         self._staying = [p for p in self._parameters if id(p) not in placed]
         for live in engine.moving:  # what the optimizer keeps from the start
-            self._keep_state(live)
+            self.keep_state(live)
 
     def step(self, before: Callable[[Sequence[Tensor]], None] | None = None, *, keep_gradients: bool = False) -> None:
         """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
@@ -98,13 +99,13 @@ class StreamedOptimizer:
                 live.gradients.forget()
         if live.weights is not None:
             live.weights.store()
-        self._keep_state(live)
+        self.keep_state(live)
         if not keep_gradients:
             for parameter in own:
                 del gradients[parameter]
         self._engine.mover.settle(sum(chunk.size for chunk in chunks))
 
-    def _keep_state(self, live: LiveRow) -> None:
+    def keep_state(self, live: LiveRow) -> None:
         """Send what the optimizer keeps of a row to where it lives."""
         chunk = live.state
         if chunk is None:
@@ -137,7 +138,7 @@ class StreamedOptimizer:
                 live.state.forget()
         self.optimizer.load_state_dict(state_dict)
         for live in self._engine.moving:
-            self._keep_state(live)
+            self.keep_state(live)
             self._engine.mover.settle()
 
     @contextlib.contextmanager

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from sartor.errors import UsageError
 from sartor.job.units import format_bytes
-from sartor.placement.engine import Engine, LiveRow
+from sartor.model.rows import find_rows
+from sartor.placement.engine import Engine
 from sartor.placement.fill import from_folder
+from sartor.placement.live import LiveRow
 from sartor.placement.optimizer import StreamedOptimizer
-from sartor.placement.rows import find_rows
 from sartor.placement.tiers import DiskTier, HostTier, Tier
 from sartor.plan.table import Policy, Sizes, Table, uniform, within
 
@@ -52,7 +53,7 @@ def prepare(
     _check(model)
     rows = find_rows(model)
     state_bytes = _state_bytes(optimizer)
-    sizes = [row.sizes(state_bytes=state_bytes) for row in rows]
+    sizes = [Sizes.of(row, state_bytes=state_bytes) for row in rows]
     rest = _rest(model, sizes, state_bytes)
     table = _table(sizes, policy, budget, lower, activations, rest)
     limit = None if budget is None else max(budget - rest - table.kept_bytes(sizes), 0)

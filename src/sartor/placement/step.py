@@ -23,6 +23,8 @@ class PlacedStep(TrainStep):
         self.engine = engine
         self.streamed = StreamedOptimizer(engine, step.optimizer)
         self._coefficient: Tensor | None = None
+        if step.model is not engine.model:
+            engine.follow(step.model)
 
     def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:
         self.engine.measure = self._norm_of if last else None

@@ -23,9 +23,8 @@ import torch
 
 from sartor.errors import RunError
 from sartor.job.units import format_bytes
+from sartor.plan.table import SPAN, WORKERS
 
-SPAN = 8 * 2**20
-"""Bytes that a worker copies at once."""
 _ALIGNMENT = 4096
 """Of offsets, lengths and buffers in direct input and output: the page size, a multiple of every block size in use."""
 
@@ -224,7 +223,7 @@ def _rounded(size: int) -> int:
 class Mover:
     """Worker threads that copy, and what is under way to a lower tier."""
 
-    def __init__(self, *, workers: int = 2) -> None:
+    def __init__(self, *, workers: int = WORKERS) -> None:
         self._readers = ThreadPoolExecutor(workers, "sartor-read")
         self._writers = ThreadPoolExecutor(workers, "sartor-write")
         self._leaving: deque[tuple[list[Future[None]], int, Callable[[], None]]] = deque()

@@ -35,7 +35,7 @@ def does_not_fit(setting: Setting, smallest: Strategy, forecast: MemoryForecast)
 
 def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> str:
     """Where the verdict is tight: what would make it fit with room to spare; else nothing."""
-    if forecast.verdict != "tight":
+    if forecast.verdict != "tight" or strategy.placement is not None:
         return ""
     helps = [
         f"{words}: {_room(changed, forecast.process_bytes)}"

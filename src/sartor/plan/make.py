@@ -16,10 +16,12 @@ from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
 from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
+from sartor.plan.placed import place
 from sartor.plan.plan import Plan
-from sartor.plan.search import search
+from sartor.plan.search import Choice, search
 from sartor.plan.setting import Setting, batch_order
-from sartor.predict import count_trained
+from sartor.plan.strategy import Strategy
+from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.allocator_setting import expandable_segments
 from sartor.step import FAST_BF16, Precision, cannot_pack
 
@@ -61,7 +63,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         attention=attention,
     )
     choice = search(setting, longest)
-    strategy, forecast = choice.strategy, choice.forecast
+    strategy, forecast = _placed(setting, choice)
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast)
     trained = count_trained(job, source, precision)
@@ -77,10 +79,20 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         trained_parameters=trained,
         data=sets.summary,
         total_steps=order.total_steps,
-        time=choice.time,
+        time=None if strategy.placement else choice.time,
         rejected=choice.rejected,
         notes=tuple(filter(None, notes)),
     )
+
+
+def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast]:
+    """What the search found, with some of it on disk where the job wants that, or where nothing else fits."""
+    wanted = setting.job.strategy.placement
+    if wanted == "device" or choice.forecast.process_bytes is None:
+        return choice.strategy, choice.forecast
+    if wanted == "auto" and choice.forecast.verdict != "does not fit":
+        return choice.strategy, choice.forecast
+    return place(setting, choice.strategy, choice.forecast) or (choice.strategy, choice.forecast)
 
 
 def _resolved(job: Job, source: ModelSource, method: MethodTraits) -> tuple[Job, int]:

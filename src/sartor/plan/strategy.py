@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sartor.job.units import format_bytes
 from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.parallel import Layout
+from sartor.plan.table import Table
 from sartor.step import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which rows of the model live on disk while nothing computes with them (`sartor.placement`)."""
+
+    table: Table
+    limit_bytes: int
+    """Of what moves, at most so much is in memory at once."""
+    disk_bytes: int
+
+    def describe(self) -> str:
+        """In words."""
+        rows = [row for row in self.table.rows if not row.stays]
+        names = {"weights": "weights", "gradients": "gradients", "state": "optimizer state"}
+        parts = [name for kind, name in names.items() if any(getattr(row, kind) != "device" for row in rows)]
+        return f"{' and '.join(', '.join(parts).rsplit(', ', 1))} of {len(rows)} blocks on disk ({format_bytes(self.disk_bytes)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +48,8 @@ class Strategy:
     """Over how many devices, and how."""
     processes: int = 1
     """On a CPU: processes of `threads` threads each that share the examples of a step."""
+    placement: Placement | None = None
+    """None where everything stays in memory."""
     expandable_segments: bool = False
     """Whether the segments of PyTorch's CUDA allocator grow in place; there are none on other devices."""
 
@@ -50,4 +71,5 @@ class Strategy:
         several = f"{self.processes} processes of {threads} on " if self.processes > 1 else ""
         where = devices if self.layout.devices > 1 else several + self.device
         start = f"{where}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
-        return f"{start}, {activations}{attention}{fixed}"
+        placed = f", {self.placement.describe()}" if self.placement else ""
+        return f"{start}, {activations}{attention}{fixed}{placed}"

@@ -9,8 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sartor.model.rows import Row
+
 Place = Literal["device", "host", "disk"]
 Policy = Literal["device", "host", "disk", "auto"]
+SPAN = 8 * 2**20
+"""Bytes that are copied to or from a tier at once."""
+WORKERS = 2
+"""Threads that read, and as many that write."""
+BUFFER_BYTES = 2 * WORKERS * SPAN
+"""What the disk tier takes of memory."""
 KINDS = ("state", "gradients", "weights")
 """What moves, cheapest first: state is moved twice a step, gradients twice and twice more for every further micro-batch, weights
 twice a micro-batch and twice for the update."""
@@ -24,6 +32,18 @@ class Sizes:
     weights: int
     gradients: int = 0
     state: int = 0
+
+    @classmethod
+    def of(cls, row: Row, *, state_bytes: float = 8.0, gradient_bytes: int | None = None) -> Sizes:
+        """Per trained parameter: `state_bytes` that the optimizer keeps, AdamW's two float32 by default, and `gradient_bytes`, as
+        many as the parameter's own by default."""
+        trained = row.trained.values()
+        return cls(
+            name=row.name,
+            weights=sum(parameter.numel() * parameter.element_size() for parameter in row.parameters.values()),
+            gradients=sum(parameter.numel() * (gradient_bytes or parameter.element_size()) for parameter in trained),
+            state=int(sum(parameter.numel() for parameter in trained) * state_bytes),
+        )
 
     @property
     def total(self) -> int:
@@ -62,16 +82,19 @@ class Table:
         """What lives on a lower tier, activations apart."""
         return sum(getattr(size, kind) for size in sizes for kind in KINDS if getattr(self.row(size.name), kind) == place)
 
-    def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
-        """At most so much of what lives elsewhere is on the device at once, where nothing limits it.
+    def pass_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """At most so much of what lives elsewhere is on the device in forward and backward passes, where nothing limits it: the
+        weights and gradients of two rows, and gradients that are being written."""
+        largest = {kind: max((entry[kind] for entry in self._moved(sizes)), default=0) for kind in KINDS}
+        return 2 * largest["weights"] + 3 * largest["gradients"]
 
-        In an update that is the row that is updated, the next one, which is fetched, and the last one, which is written. In a
-        backward pass it is the weights and gradients of two rows, and the gradients of one that is written.
-        """
-        moved = self._moved(sizes)
-        largest = {kind: max((entry[kind] for entry in moved), default=0) for kind in KINDS}
-        update = max((sum(entry.values()) for entry in moved), default=0)
-        return max(3 * update, 2 * largest["weights"] + 3 * largest["gradients"])
+    def update_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """The same in an update: the row that is updated, the next one, which is fetched, and the last one, which is written."""
+        return 3 * max((sum(entry.values()) for entry in self._moved(sizes)), default=0)
+
+    def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """The larger of the two."""
+        return max(self.update_bytes(sizes), self.pass_bytes(sizes))
 
     def least_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The same where nothing is fetched ahead, and what is written is waited for: one row and its update."""

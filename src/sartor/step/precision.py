@@ -94,6 +94,8 @@ class Precision:
     def cast_trained(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Give the trained parameters their format. The residual of a master waits at its parameter for the optimizer."""
         for parameter in parameters.values():
+            if self.masters and RESIDUAL in vars(parameter):
+                continue  # split when it was read
             if self.masters:
                 parameter.data, residual = split(parameter.data.float())
                 setattr(parameter, RESIDUAL, residual)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from sartor.errors import RunError, UsageError
 from sartor.model.build import quiet
+from sartor.placement import PlacedStep
+from sartor.placement.save import adapter_state, restore_optimizer, save_model, save_optimizer
 from sartor.step import TrainStep
 from sartor.train import folder as files
 
@@ -76,14 +78,17 @@ def save(folder: Path, state: TrainState, progress: Progress) -> Path:
 def _write(partial: Path, state: TrainState, progress: Progress) -> None:
     (partial / "state").mkdir(parents=True)
     with quiet():
-        state.step.model.save_pretrained(partial)  # type: ignore[operator]
+        _write_model(partial, state)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     state.tokenizer.save_pretrained(partial)
     if state.adapter:
         save_file(
             {name: _plain(parameter) for name, parameter in state.step.parameters.items()}, partial / "state/trained.safetensors"
         )
-    save_file(_optimizer_tensors(state), partial / "state/optimizer.safetensors")
+    if isinstance(state.step, PlacedStep):
+        save_optimizer(state.step, partial / "state/optimizer.safetensors")
+    else:
+        save_file(_optimizer_tensors(state), partial / "state/optimizer.safetensors")
     save_file(_random_state(), partial / "state/random.safetensors")
     (partial / "state/progress.json").write_text(json.dumps(dataclasses.asdict(progress), indent=1), encoding="utf-8")
     manifest = {
@@ -92,6 +97,17 @@ def _write(partial: Path, state: TrainState, progress: Progress) -> None:
         if path.is_file()
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _write_model(partial: Path, state: TrainState) -> None:
+    """Of a placed model row by row, else as `save_pretrained` does it."""
+    step: Any = state.step
+    if not isinstance(step, PlacedStep):
+        step.model.save_pretrained(partial)
+    elif state.adapter:
+        step.model.save_pretrained(partial, state_dict=adapter_state(step))  # type: ignore[operator]
+    else:
+        save_model(step, partial)
 
 
 def find(folder: Path, wanted: str | None, say: Callable[[str], None]) -> Path | None:
@@ -144,7 +160,10 @@ def restore(path: Path, state: TrainState) -> None:
     """Bring adapters, optimizer and random generators back; full models are loaded from `path` as any model is."""
     if state.adapter:
         restore_adapter(path, state.step.parameters)
-    _restore_optimizer(load_file(path / "state/optimizer.safetensors"), state)
+    if isinstance(state.step, PlacedStep):
+        restore_optimizer(state.step, path / "state/optimizer.safetensors")
+    else:
+        _restore_optimizer(load_file(path / "state/optimizer.safetensors"), state)
     _restore_random(load_file(path / "state/random.safetensors"))
 
 

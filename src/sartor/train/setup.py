@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,14 +23,17 @@ from sartor.errors import JobError, RunError, UsageError
 from sartor.job import to_mapping
 from sartor.kernels import arena
 from sartor.kernels.native import missing
-from sartor.machine.heap import Reserve, keep_freed_memory
+from sartor.machine.heap import Reserve, give_back_large_blocks, keep_freed_memory
 from sartor.machine.products import keep_few_products
 from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
+from sartor.placement import PlacedStep
+from sartor.placement.save import load_model
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
 from sartor.step import GradientSum, TrainStep, World, lookup_table, make_step, make_trainable, mixes_examples
 from sartor.train.checkpoint import restore_adapter
+from sartor.train.placed import build_placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,10 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
         set_expandable_segments(strategy.expandable_segments)
     else:
         keep_few_products()
-        kept = keep_freed_memory()
-        if arena.use():
-            say("tensors have memory of their own, kept from step to step")
-        elif kept:
-            say("malloc keeps freed memory for the next step")
+        if strategy.placement is not None:
+            give_back_large_blocks()
+        else:
+            _keep_memory(say)
     tokenizer = load_tokenizer(job.model)
     assert job.data.max_length is not None, "a plan's job is resolved"
     source = resolve(job.model)
@@ -95,12 +98,20 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
     if checkpoint is not None and not plan.traits.adapter:
         source = dataclasses.replace(source, path=str(checkpoint), has_weights=True, revision=None)
     seed, precision = job.training.seed, strategy.precision
-    model = build(
-        source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed, quantise=job.quantise
-    )
+    placed = None
+    if strategy.placement is not None:
+        placed = build_placed(plan, source, say)
+        model = placed.model
+    else:
+        model = build(
+            source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed, quantise=job.quantise
+        )
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
-    step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
+    with contextlib.nullcontext() if placed is None else placed.head():
+        step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
+    if placed is not None:
+        step = PlacedStep(step, placed)
     if world.size > 1:
         step.shared = GradientSum(step.parameters, world, embedding=lookup_table(model))
     _say_what_is_slow(step, strategy.device, say)
@@ -113,6 +124,15 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
         packing=packing,
         world=world,
     )
+
+
+def _keep_memory(say: Callable[[str], None]) -> None:
+    """What a step frees is there for the next one."""
+    kept = keep_freed_memory()
+    if arena.use():
+        say("tensors have memory of their own, kept from step to step")
+    elif kept:
+        say("malloc keeps freed memory for the next step")
 
 
 def _say_what_is_slow(step: TrainStep, device: str, say: Callable[[str], None]) -> None:
@@ -149,6 +169,9 @@ def adopt(plan: Plan, bench: Workbench, checkpoint: Path) -> None:
     if plan.traits.adapter:
         restore_adapter(checkpoint, bench.step.parameters)
         return
+    if isinstance(bench.step, PlacedStep):
+        load_model(bench.step, checkpoint)
+        return
     source = dataclasses.replace(resolve(plan.job.model), path=str(checkpoint), has_weights=True, revision=None)
     other = build(source, dtype=load_dtype(plan), device=plan.strategy.device, attention=plan.strategy.attention)
     bench.step.model.load_state_dict(other.state_dict())
@@ -169,7 +192,12 @@ def identity(plan: Plan, sets: DataSets) -> str:
         del tree[key]
     for key in ("save_every", "keep_last", "keep_best", "tensorboard"):
         del tree["training"][key]
-    for key in ("micro_batch", "recompute", "processes"):  # which change how sums are rounded, and may be what stopped the run
+    for key in (
+        "micro_batch",
+        "recompute",
+        "processes",
+        "placement",
+    ):  # which change how sums are rounded, and may be what stopped the run
         del tree["strategy"][key]
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
     digest.update(sets.train.lengths.tobytes())

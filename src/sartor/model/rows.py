@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sartor.model import dissect
-from sartor.plan.table import Sizes
+from sartor.model.blocks import dissect
 
 SMALL = 1 / 64
 """Outside of blocks, what is smaller than this share of the largest row is not worth moving (a final norm)."""
@@ -26,17 +25,6 @@ class Row:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-
-    def sizes(self, *, state_bytes: float = 8.0, gradient_bytes: int | None = None) -> Sizes:
-        """Per trained parameter: `state_bytes` that the optimizer keeps, AdamW's two float32 by default, and `gradient_bytes`, as
-        many as the parameter's own by default."""
-        trained = self.trained.values()
-        return Sizes(
-            name=self.name,
-            weights=sum(_bytes(parameter) for parameter in self.parameters.values()),
-            gradients=sum(parameter.numel() * (gradient_bytes or parameter.element_size()) for parameter in trained),
-            state=int(sum(parameter.numel() for parameter in trained) * state_bytes),
-        )
 
 
 def find_rows(model: nn.Module) -> list[Row]:

@@ -1,0 +1,151 @@
+"""A strategy whose weights, gradients and optimizer state do not all stay in memory: which rows live on disk, and its forecast.
+
+The step is traced as it is without placement. At every moment of the trace, what is live of weights, gradients and optimizer
+state is left out, and what the table says is there of them is put in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+from sartor.errors import JobError
+from sartor.model import skeleton
+from sartor.model.rows import find_rows
+from sartor.plan.setting import Setting, largest_steps
+from sartor.plan.strategy import Placement, Strategy
+from sartor.plan.table import BUFFER_BYTES, Sizes, Table, uniform, within
+from sartor.predict import KINDS, Ledger, MemoryForecast, Peak
+from sartor.predict.memory import collector_paused
+from sartor.predict.target import Target
+from sartor.predict.verdict import judge
+from sartor.predict.whole import trace_job
+from sartor.step import make_trainable
+
+MOVED = ("weights", "gradients", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Needs:
+    """Bytes that a placed run needs beside the rows of its table."""
+
+    sizes: tuple[Sizes, ...]
+    outside: int
+    """Weights, gradients and state that are in no row."""
+    passes: int
+    """Activations and temporaries in forward and backward passes, at most."""
+    update: int
+    """Temporaries in clipping and update."""
+
+
+def cannot_place(setting: Setting, strategy: Strategy) -> str:
+    """Why this run's parts all stay in memory; nothing where they need not."""
+    if setting.machine.device.kind != "cpu":
+        return "placement is for runs on a CPU so far"
+    if strategy.processes > 1 or strategy.layout.devices > 1:
+        return "placement is for one process"
+    if setting.job.quantise is not None:
+        return "quantised weights stay where they are"
+    return ""
+
+
+def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tuple[Strategy, MemoryForecast] | None:
+    """`strategy` with the least on disk that lets it fit, and its forecast; `forecast` is that of the strategy as it is. None
+    where not even everything on disk is enough. Raises JobError where placement was asked for and cannot be."""
+    wanted = setting.job.strategy.placement
+    reason = cannot_place(setting, strategy)
+    if reason:
+        if wanted == "disk":
+            raise JobError(
+                "`strategy.placement` is disk, which this job cannot have", why=reason, remedy="strategy.placement=auto"
+            )
+        return None
+    start = time.perf_counter()
+    with collector_paused():
+        needs = _needs(setting, strategy)
+    base = forecast.baseline_bytes + BUFFER_BYTES + needs.outside
+    room = int(forecast.tight_share * forecast.available_bytes) - base - needs.passes
+    table = uniform(needs.sizes, "disk") if wanted == "disk" else within(needs.sizes, room, "disk")
+    if table is None or table.kept_bytes(needs.sizes) + table.least_bytes(needs.sizes) > room:
+        return None
+    limit = min(room - table.kept_bytes(needs.sizes), table.moving_bytes(needs.sizes))
+    placement = Placement(table=table, limit_bytes=limit, disk_bytes=table.tier_bytes(needs.sizes, "disk"))
+    peak = _peak(table, needs, limit)
+    process = forecast.baseline_bytes + BUFFER_BYTES + peak.total_bytes
+    verdict, words = judge(process, forecast.available_bytes, forecast.tight_share, None)
+    placed = dataclasses.replace(
+        forecast,
+        verdict=verdict,
+        reason=words,
+        process_bytes=process,
+        peak=peak,
+        allocated_bytes=peak.total_bytes,
+        timeline=None,
+        trace_seconds=forecast.trace_seconds + time.perf_counter() - start,
+    )
+    return dataclasses.replace(strategy, placement=placement), placed
+
+
+def _peak(table: Table, needs: _Needs, limit: int) -> Peak:
+    """Of rows, activations and temporaries."""
+    passes = needs.passes + min(table.pass_bytes(needs.sizes), limit)
+    update = needs.update + min(table.update_bytes(needs.sizes), limit)
+    late = update > passes
+    kept = {
+        kind: sum(getattr(size, kind) for size in needs.sizes if getattr(table.row(size.name), kind) == "device")
+        for kind in ("weights", "gradients", "state")
+    }
+    others = needs.update if late else needs.passes
+    by_kind = dict(zip(KINDS, (kept["weights"] + needs.outside, kept["gradients"], kept["state"], others), strict=True))
+    by_kind["on the way to and from disk"] = max(passes, update) - others
+    return Peak(
+        total_bytes=sum(by_kind.values()),
+        phase="step 2: update" if late else "step 2: forward and backward",
+        by_kind=by_kind,
+        kind=max(by_kind, key=by_kind.__getitem__),
+    )
+
+
+def _needs(setting: Setting, strategy: Strategy) -> _Needs:
+    job, precision = setting.job, setting.precision
+    model = skeleton(setting.source, dtype=precision.load_dtype(adapter=setting.method.adapter), attention=strategy.attention)
+    model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
+    steps = largest_steps(setting.sets.train, setting.order, strategy)
+    accumulated = strategy.micro_batch < job.training.global_batch
+    state = 10.0 if precision.masters else {"sgd": 0.0}.get(job.training.optimizer, 8.0)
+    gradient = (4 if accumulated else 2) if precision.masters else None
+    rows = find_rows(model)
+    sizes = tuple(Sizes.of(row, state_bytes=state, gradient_bytes=gradient) for row in rows)
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    whole += sum(p.numel() * (gradient or p.element_size()) + int(p.numel() * state) for p in trained)
+    ledger = trace_job(
+        job,
+        setting.source,
+        steps.first,
+        Target.of(setting.machine.device),
+        precision=precision,
+        recompute=strategy.recompute,
+        attention=strategy.attention,
+        layout=strategy.layout,
+        later=steps.later,
+    )
+    passes, update = _others(ledger)
+    # the gradient of a weight that embeddings and head share is complete, and can go, when the backward pass is over
+    shared = sum(size.gradients for size, row in zip(sizes, rows, strict=True) if len(row.modules) > 1)
+    return _Needs(
+        sizes=sizes, outside=max(whole - sum(size.total for size in sizes), 0), passes=passes + shared, update=update + shared
+    )
+
+
+def _others(ledger: Ledger) -> tuple[int, int]:
+    """The most that is live of what does not move: in passes, and in clipping and update."""
+    live, most = 0, [0, 0]
+    for event in ledger.events:
+        if ledger.kinds.get(event.storage) not in MOVED:
+            live += event.size_bytes
+            late = event.phase.endswith(("clip", "update"))
+            most[late] = max(most[late], live)
+    return most[0], most[1]

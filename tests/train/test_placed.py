@@ -1,0 +1,81 @@
+"""Jobs whose model does not fit in memory: planned onto the disk, with the same results and the same files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sartor.plan.table import Table
+from sartor.train import read_metrics
+
+
+def run(tree: dict[str, Any], folder: Path, **strategy: Any) -> tuple[Any, list[float]]:
+    tree = copy.deepcopy(tree)
+    tree["output"] = str(folder)
+    tree["strategy"] = {"micro_batch": 4, **strategy}
+    plan = sartor.plan(tree)
+    sartor.train(plan)
+    return plan, [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "recompute"),
+    [("full", "float32", "none"), ("full", "bf16-master", "full"), ("lora", "float32", "full")],
+)
+def test_a_job_on_disk_is_the_same_job(
+    job_tree: dict[str, Any], tmp_path: Path, method: str, precision: str, recompute: str
+) -> None:
+    job_tree |= {"method": method, "precision": precision}
+    job_tree["training"] |= {"keep_best": True, "save_every": 3}
+    job_tree["evaluation"] |= {"fraction": 0.2, "every": 3}
+    _, wanted = run(job_tree, tmp_path / "plain", recompute=recompute)
+    plan, losses = run(job_tree, tmp_path / "placed", recompute=recompute, placement="disk")
+    assert isinstance(plan.strategy.placement.table, Table)
+    assert plan.strategy.placement.disk_bytes > 0
+    assert losses == wanted
+    names = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    for name in (names, "state/optimizer.safetensors", "state/random.safetensors"):
+        plain, placed = (tmp_path / where / "checkpoint-3" / name for where in ("plain", "placed"))
+        assert plain.read_bytes() == placed.read_bytes(), name
+    record = json.loads((tmp_path / "placed/run.json").read_text())
+    assert record["memory"]["forecast_bytes"] == plan.forecast.process_bytes
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16-master"])
+@pytest.mark.parametrize(("before", "after"), [("device", "disk"), ("disk", "device")])
+def test_a_run_goes_on_elsewhere(job_tree: dict[str, Any], tmp_path: Path, before: str, after: str, precision: str) -> None:
+    job_tree["training"] |= {"save_every": 3}
+    job_tree |= {"precision": precision, "output": str(tmp_path / "run"), "strategy": {"micro_batch": 4, "placement": before}}
+    sartor.train(job_tree)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoint-6").rglob("*.safetensors")}
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    (tmp_path / "run/run.json").unlink()
+    job_tree["strategy"] = {"micro_batch": 4, "placement": after}
+    sartor.train(job_tree, resume="latest")
+    again = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoint-6").rglob("*.safetensors")}
+    assert again == whole
+
+
+def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    """A machine with so little memory that the states alone are too much."""
+    config = {**json.loads((Path(job_tree["model"]) / "config.json").read_text()), "hidden_size": 512, "intermediate_size": 2048}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8, "head_dim": 128}))
+    job_tree["model"] = {"path": str(tmp_path / "config.json"), "tokenizer": job_tree["model"]}
+    job_tree |= {"precision": "float32"}
+    job_tree["strategy"] = {"micro_batch": 4, "recompute": "none"}
+    room = sartor.plan(job_tree).forecast.process_bytes - 2**27
+    job_tree["machine"] |= {"host_memory": room}
+    plan = sartor.plan(job_tree)
+    placement = plan.strategy.placement
+    assert placement is not None
+    assert plan.forecast.verdict == "fits"
+    assert plan.forecast.process_bytes <= 0.9 * room
+    assert any(row.stays for row in placement.table.rows) or any(row.weights == "device" for row in placement.table.rows)
+    assert "on disk" in plan.strategy.describe()
+    assert plan.to_mapping()["strategy"]["placement"]["disk_bytes"] == placement.disk_bytes
