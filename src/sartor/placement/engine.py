@@ -43,12 +43,14 @@ class Engine:
         *,
         fill: Fill | None = None,
         limit: int | None = None,
+        update_limit: int | None = None,
         watch: bool = False,
     ) -> None:
         """Moves what the table places elsewhere to its tier, row after row. `fill`: for a model on the meta device, gives the
-        parameters of a row their values. `limit`: bytes of what moves that may be on the device at once. `watch`: keep a
-        timeline."""
+        parameters of a row their values. `limit`: bytes of what moves that may be on the device at once; `update_limit`: in an
+        update, if that differs. `watch`: keep a timeline."""
         self.model, self.table, self.tiers, self._fill = model, table, dict(tiers), fill
+        self._limits = limit, limit if update_limit is None else update_limit
         self.visits = Visits()
         self.mover, self.gauge = Mover(), Gauge(watch=watch, limit=limit)
         self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
@@ -122,6 +124,16 @@ class Engine:
         """Calls of this module are forward passes: of the model, or of what wraps it."""
         self._handles.append(model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True))
         self._handles.append(model.register_forward_hook(lambda *_: self._after_model(), always_call=True))
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """In this context weights are updated: no activations are there."""
+        self.gauge.limit = self._limits[1]
+        try:
+            yield
+        finally:
+            self.mover.settle(self._limits[0] if self._limits[0] is not None else self.mover.leaving_bytes)
+            self.gauge.limit = self._limits[0]
 
     def on_detach(self, *handles: Any) -> None:
         """Hooks that go when the model is not placed any more."""

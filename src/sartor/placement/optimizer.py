@@ -41,6 +41,10 @@ class StreamedOptimizer:
         `keep_gradients`: for callers that look at them afterwards; else they are let go. Raises RunError of the tiers.
         """
         self._engine.visits.leave()
+        with self._engine.updating():
+            self._step(before, keep_gradients)
+
+    def _step(self, before: Callable[[Sequence[Tensor]], None] | None, keep_gradients: bool) -> None:
         gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None

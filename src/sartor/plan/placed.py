@@ -15,7 +15,7 @@ from sartor.model import skeleton
 from sartor.model.rows import find_rows
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Placement, Strategy
-from sartor.plan.table import BUFFER_BYTES, Sizes, Table, uniform, within
+from sartor.plan.table import BUFFER_BYTES, Sizes, uniform, within
 from sartor.predict import KINDS, Ledger, MemoryForecast, Peak
 from sartor.predict.memory import collector_paused
 from sartor.predict.target import Target
@@ -65,13 +65,23 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     with collector_paused():
         needs = _needs(setting, strategy)
     base = forecast.baseline_bytes + BUFFER_BYTES + needs.outside
-    room = int(forecast.tight_share * forecast.available_bytes) - base - needs.passes
-    table = uniform(needs.sizes, "disk") if wanted == "disk" else within(needs.sizes, room, "disk")
-    if table is None or table.kept_bytes(needs.sizes) + table.least_bytes(needs.sizes) > room:
-        return None
-    limit = min(room - table.kept_bytes(needs.sizes), table.moving_bytes(needs.sizes))
-    placement = Placement(table=table, limit_bytes=limit, disk_bytes=table.tier_bytes(needs.sizes, "disk"))
-    peak = _peak(table, needs, limit)
+    room = int(forecast.tight_share * forecast.available_bytes) - base
+    sizes = needs.sizes
+    if wanted == "disk":
+        table = uniform(sizes, "disk")
+    else:
+        found = within(sizes, room, "disk", passes=needs.passes, update=needs.update)
+        if found is None:
+            return None
+        table = found
+    left = room - table.kept_bytes(sizes)
+    placement = Placement(
+        table=table,
+        limit_bytes=max(min(left - needs.passes, table.pass_bytes(sizes)), table.least_bytes(sizes)),
+        update_limit_bytes=max(min(left - needs.update, table.update_bytes(sizes)), table.least_bytes(sizes)),
+        disk_bytes=table.tier_bytes(sizes, "disk"),
+    )
+    peak = _peak(placement, needs)
     process = forecast.baseline_bytes + BUFFER_BYTES + peak.total_bytes
     verdict, words = judge(process, forecast.available_bytes, forecast.tight_share, None)
     placed = dataclasses.replace(
@@ -87,10 +97,10 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     return dataclasses.replace(strategy, placement=placement), placed
 
 
-def _peak(table: Table, needs: _Needs, limit: int) -> Peak:
+def _peak(placement: Placement, needs: _Needs) -> Peak:
     """Of rows, activations and temporaries."""
-    passes = needs.passes + min(table.pass_bytes(needs.sizes), limit)
-    update = needs.update + min(table.update_bytes(needs.sizes), limit)
+    table = placement.table
+    passes, update = needs.passes + placement.limit_bytes, needs.update + placement.update_limit_bytes
     late = update > passes
     kept = {
         kind: sum(getattr(size, kind) for size in needs.sizes if getattr(table.row(size.name), kind) == "device")

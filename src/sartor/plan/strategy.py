@@ -17,7 +17,9 @@ class Placement:
 
     table: Table
     limit_bytes: int
-    """Of what moves, at most so much is in memory at once."""
+    """Of what moves, at most so much is in memory at once in forward and backward passes."""
+    update_limit_bytes: int
+    """The same in an update."""
     disk_bytes: int
 
     def describe(self) -> str:

@@ -120,15 +120,28 @@ def uniform(sizes: Sequence[Sizes], place: Place, *, activations: Place = "devic
     )
 
 
-def within(sizes: Sequence[Sizes], budget_bytes: int, place: Place, *, activations: Place = "device") -> Table | None:
+def within(
+    sizes: Sequence[Sizes],
+    budget_bytes: int,
+    place: Place,
+    *,
+    passes: int = 0,
+    update: int = 0,
+    activations: Place = "device",
+) -> Table | None:
     """The table that keeps `budget_bytes` and moves least: of what must go to `place`, the cheapest kinds first, the last rows
-    before the first. With room to fetch ahead if that can be, else without. None where even moving everything needs more."""
+    before the first. With room to fetch ahead if that can be, else without. None where even moving everything needs more.
+
+    `passes`, `update`: what else is on the device in forward and backward passes, and in the update.
+    """
     candidates = list(_ever_less(sizes, place, activations))
-    for ahead in (True, False):
-        for table in candidates:
-            moving = table.moving_bytes(sizes) if ahead else table.least_bytes(sizes)
-            if table.kept_bytes(sizes) + moving <= budget_bytes:
-                return table
+    for table in candidates:
+        ahead = max(passes + table.pass_bytes(sizes), update + table.update_bytes(sizes))
+        if table.kept_bytes(sizes) + ahead <= budget_bytes:
+            return table
+    for table in candidates:
+        if table.kept_bytes(sizes) + table.least_bytes(sizes) + max(passes, update) <= budget_bytes:
+            return table
     return None
 
 

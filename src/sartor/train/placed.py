@@ -36,7 +36,15 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
     tier.require(placement.disk_bytes)
     if not tier.direct:
         say(f"{tempfile.gettempdir()} has no direct input and output: what lives there passes through the page cache")
-    return Engine(model, find_rows(model), placement.table, {"disk": tier}, fill=fill, limit=placement.limit_bytes)
+    return Engine(
+        model,
+        find_rows(model),
+        placement.table,
+        {"disk": tier},
+        fill=fill,
+        limit=placement.limit_bytes,
+        update_limit=placement.update_limit_bytes,
+    )
 
 
 def _streamed(plan: Plan, source: ModelSource) -> tuple[nn.Module | None, Fill | None]:
