@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sartor.kernels.adam import RESIDUAL
-from sartor.machine.heap import give_back_large_blocks
+from sartor.machine.heap import give_back_freed_memory, give_back_large_blocks
 from sartor.model.rows import Row
 from sartor.placement.activations import Activations
 from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
@@ -72,6 +72,7 @@ class Engine:
         if fill is not None:
             fill({name: parameter for name, parameter in model.named_parameters() if parameter.is_meta})
         self.mover.settle()
+        give_back_freed_memory()
         self._attach()
 
     # -- where things live
@@ -129,6 +130,7 @@ class Engine:
     def updating(self) -> Iterator[None]:
         """In this context weights are updated: no activations are there."""
         self.gauge.limit = self._limits[1]
+        give_back_freed_memory()  # what activations left in the heap
         try:
             yield
         finally:
