@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sartor
 from sartor.errors import ModelError, UsageError
+from sartor.plan.table import Sizes
 
 KIB = 2**10
 
@@ -29,7 +31,7 @@ def ids(step: int) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: Any, *, accumulate: int = 2, steps: int = 3) -> list[Tensor]:
-    """A plain loop, with everything that people do in one."""
+    """A plain loop, with everything that people do in one; losses and norms."""
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     losses = []
     for step in range(steps):
@@ -70,6 +72,40 @@ def test_a_plain_loop_is_the_same_to_the_bit(tmp_path: Path, name: str, where: d
     assert all(torch.equal(states[0][n][key], states[1][n][key]) for n in states[0] for key in states[0][n])
     placed.release()
     assert all(map(torch.equal, train(model, optimizer), train(other, other_optimizer)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_case_is_refused_or_runs_within_its_budget(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    width, layers = draw.choice([16, 32]), draw.randint(1, 6)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, num_hidden_layers=layers, tie_word_embeddings=draw.random() < 0.5, **sizes)
+    )
+    if draw.random() < 0.3:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    frozen = draw.random() < 0.3
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or "self_attn" in name)
+    other = copy.deepcopy(model)
+    make = OPTIMIZERS[draw.choice(list(OPTIMIZERS))]
+    optimizers = [make([p for p in one.parameters() if p.requires_grad]) for one in (model, other)]
+    budget = int(draw.uniform(0.15, 1.1) * 16 * sum(parameter.numel() for parameter in model.parameters()))
+    where = {"lower": draw.choice(["host", "disk"]), "activations": draw.choice(["device", "host", "disk"])}
+    try:
+        other, placed = sartor.prepare(other, optimizers[1], budget=budget, folder=tmp_path, **where)
+    except UsageError:
+        with pytest.raises(UsageError, match="do not fit"):
+            sartor.prepare(other, optimizers[1], budget=budget, folder=tmp_path, **where)
+        return
+    loop = {"accumulate": draw.randint(1, 2), "steps": 2}
+    assert all(map(torch.equal, train(model, optimizers[0], **loop), train(other, placed, **loop)))
+    engine = placed.engine
+    sizes_of_rows = [Sizes.of(live.row, state_bytes=0) for live in engine.rows]
+    assert engine.gauge.peak_bytes <= budget - engine.table.kept_bytes(sizes_of_rows)
+    placed.release()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 class Odd(nn.Module):

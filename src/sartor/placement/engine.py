@@ -147,6 +147,7 @@ class Engine:
             handle.remove()
         self._handles.clear()
         self.end_forward()
+        self.gauge.limit = None
         for live in self.rows:
             if live.weights is not None:
                 live.weights.hold()
@@ -195,6 +196,7 @@ class Engine:
             return
         live.uses += 1
         self.activations.row = live
+        self.tidy((live,))
         if live.weights is not None:
             live.weights.begin()
         self._follow(FORWARD, live)
@@ -238,6 +240,7 @@ class Engine:
                 self.send_gradients(other)
         self._finish_backward()
         self._backward = live
+        self.tidy((live,))
         if live.weights is not None and phase == BACKWARD:
             live.weights.begin()
         self.bring_gradients(live)

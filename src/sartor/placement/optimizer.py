@@ -24,6 +24,11 @@ SMALLEST = 256
 """State of fewer bytes (a step count) stays on the device."""
 
 
+def _stateless(live: LiveRow) -> bool:
+    """Whether the optimizer has kept nothing of the row yet."""
+    return live.state is not None and not live.state.tensors
+
+
 class StreamedOptimizer:
     """Takes the steps of an optimizer whose parameters a placement moves."""
 
@@ -56,9 +61,7 @@ class StreamedOptimizer:
         if staying:
             self._update(staying, before)
         for live, follower in zip_longest(rows, rows[1:]):
-            if follower is not None:
-                self._expect(follower, gradients)
-            self._row(live, gradients, before, keep_gradients)
+            self._row(live, follower, gradients, before, keep_gradients)
         if keep_gradients:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
@@ -85,13 +88,19 @@ class StreamedOptimizer:
     def _row(
         self,
         live: LiveRow,
+        follower: LiveRow | None,
         gradients: dict[nn.Parameter, Tensor],
         before: Callable[[Sequence[Tensor]], None] | None,
         keep_gradients: bool,
     ) -> None:
+        """Update a row; what `follower` will need is fetched meanwhile."""
+        if _stateless(live):  # what the optimizer makes needs room as well
+            self._engine.mover.settle()
         chunks = self._chunks(live, gradients)
         for chunk in chunks:
             chunk.begin()
+        if follower is not None and not (_stateless(live) or _stateless(follower)):
+            self._expect(follower, gradients)
         own = {p: gradients[p] for p in live.trained if p in gradients}
         self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
         for chunk in chunks:
