@@ -64,7 +64,7 @@ def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None =
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
     """The model without its weights: parameters on the meta device, buffers in memory. Raises ModelError."""
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     _know(attention)
     with init_empty_weights(include_buffers=False):
