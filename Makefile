@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/sartor demo $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
