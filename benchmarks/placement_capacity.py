@@ -2,6 +2,7 @@
 
     python benchmarks/placement_capacity.py                  # 4 GiB (RLIMIT_DATA), AdamW in float32, lower tier on disk
     python benchmarks/placement_capacity.py --check          # the same steps without placement and limit: losses to the bit
+    python benchmarks/placement_capacity.py --job            # the same as a job of `sartor train`: forecasts beside measurements
 
 Writes a model of random weights, streams it into its places, and takes a few steps with PyTorch's fused AdamW, clipping on.
 """
@@ -106,8 +107,53 @@ def child(arguments: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def job(arguments: argparse.Namespace) -> None:
+    """Plan and train a job whose `host_memory` is the limit; prints forecasts and measurements as JSON."""
+    from transformers import AutoTokenizer
+
+    import sartor
+    from sartor.placement import DiskTier
+
+    folder = Path(arguments.folder)
+    config(arguments.layers).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(Path(sartor.__file__).parent / "demo/model").save_pretrained(folder)
+    tiers: list[DiskTier] = []
+    opened = DiskTier.__init__
+
+    def note(tier: DiskTier, where: Path) -> None:
+        opened(tier, where)
+        tiers.append(tier)
+
+    DiskTier.__init__ = note  # type: ignore[method-assign]
+    plan = sartor.plan(
+        {
+            "model": arguments.folder,
+            "data": {"synthetic": {"length": arguments.tokens // 4, "examples": 64}},
+            "method": "full",
+            "precision": "float32",
+            "training": {"max_steps": arguments.steps, "global_batch": 4, "tensorboard": False},
+            "evaluation": {"generate": 0},
+            "machine": {"device": "cpu", "host_memory": int(arguments.limit * GIB)},
+            "output": str(folder / "run"),
+        }
+    )
+    print(plan.strategy.describe(), plan.forecast.reason, file=sys.stderr)
+    memory = sartor.train(plan).memory
+    result = {
+        "strategy": plan.strategy.describe(),
+        "forecast_bytes": memory.forecast_bytes,
+        "peak_resident_bytes": memory.measured_bytes,
+        "error_percent": memory.error_percent,
+        "disk_forecast_bytes": plan.strategy.placement.disk_bytes,
+        "disk_peak_bytes": max(tier.peak_bytes for tier in tiers),
+    }
+    result["disk_error_percent"] = (result["disk_forecast_bytes"] / result["disk_peak_bytes"] - 1) * 100
+    print(json.dumps(result))
+
+
 def run(arguments: argparse.Namespace, folder: str, limit: float) -> dict:
     command = [sys.executable, __file__, "--child", "--folder", folder, "--limit", str(limit)]
+    command += ["--job"] if arguments.job else []
     for name in ("layers", "steps", "tokens", "budget"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -122,11 +168,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=4.0, help="GiB of memory that the process may have")
     parser.add_argument("--budget", type=float, default=2.0, help="GiB of weights, gradients and optimizer state in memory")
     parser.add_argument("--check", action="store_true", help="compare with the same steps without placement")
+    parser.add_argument("--job", action="store_true", help="as a job, forecasts beside measurements")
     parser.add_argument("--folder", default="")
     parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments)
+        job(arguments) if arguments.job else child(arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder), arguments.layers)
@@ -134,6 +181,10 @@ def main() -> None:
         print(f"{parameters / 1e6:.0f} million parameters: states of {states / GIB:.2f} GiB, limit {arguments.limit:g} GiB")
         placed = run(arguments, folder, arguments.limit)
         results = {"parameters": parameters, "states_bytes": states, "limit_bytes": int(arguments.limit * GIB), "placed": placed}
+        if arguments.job:
+            print(json.dumps(placed, indent=1))
+            print(save("placement-forecast", results, note=f"{arguments.tokens} tokens a step, {arguments.steps} steps"))
+            return
         moved = placed["read_bytes"] + placed["written_bytes"]
         print(f"peak resident {placed['peak_resident_bytes'] / GIB:.2f} GiB, on disk {placed['disk_peak_bytes'] / GIB:.2f} GiB")
         print(f"seconds a step {placed['step_seconds']}, {moved / GIB / arguments.steps:.1f} GiB moved a step")

@@ -205,7 +205,8 @@ class StrategyJob:
     placement: Literal["auto", "device", "disk"] = option(
         "auto",
         "on a CPU, where weights, gradients and optimizer state live while nothing computes with them: device (in memory), disk "
-        "(a file in TMPDIR; the result is the same to the bit); `auto`: as little on disk as lets the job fit",
+        "(a file in TMPDIR, or in the run's folder where that is in memory; the result is the same to the bit); `auto`: as "
+        "little on disk as lets the job fit",
     )
     attention: Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"] = option(
         "auto",

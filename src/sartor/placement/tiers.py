@@ -185,6 +185,16 @@ class DiskTier:
             self._descriptor = -1
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether the files of a folder are in main memory, as those of /tmp are on some systems."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return False
+    around = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+    return max(around, default=(0, ""))[1] in ("tmpfs", "ramfs")
+
+
 def _open(folder: Path) -> tuple[int, bool]:
     """A file in `folder` that has no name any more, and whether it is open for direct input and output."""
     direct = getattr(os, "O_DIRECT", 0)

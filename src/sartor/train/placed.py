@@ -13,6 +13,7 @@ from sartor.model import ModelSource, build, build_empty
 from sartor.model.rows import find_rows
 from sartor.placement import DiskTier, Engine
 from sartor.placement.fill import Fill, from_folder
+from sartor.placement.tiers import in_memory
 from sartor.plan import Plan, load_dtype
 
 
@@ -32,10 +33,13 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
         )
         if _split_when_read(plan):
             plan.strategy.precision.cast_trained(dict(model.named_parameters()))
-    tier = DiskTier(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.gettempdir())
+    if in_memory(folder):
+        folder = Path(plan.job.output)
+    tier = DiskTier(folder)
     tier.require(placement.disk_bytes)
     if not tier.direct:
-        say(f"{tempfile.gettempdir()} has no direct input and output: what lives there passes through the page cache")
+        say(f"{folder} has no direct input and output: what lives there passes through the page cache")
     return Engine(
         model,
         find_rows(model),

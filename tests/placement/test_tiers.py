@@ -1,0 +1,75 @@
+"""The disk tier and the states of chunks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sartor.errors import RunError
+from sartor.placement.chunk import Chunk, Gauge, IllegalTransition
+from sartor.placement.tiers import DiskTier, Mover, in_memory
+
+
+def chunk_of(tmp_path: Path, size: int = 5000) -> tuple[Chunk, torch.Tensor]:
+    tensor = torch.arange(size, dtype=torch.float32)
+    chunk = Chunk("block weights", DiskTier(tmp_path), Mover(), Gauge(watch=True))
+    chunk.adopt([tensor])
+    return chunk, tensor
+
+
+def test_what_was_stored_comes_back_into_the_same_tensor(tmp_path: Path) -> None:
+    chunk, tensor = chunk_of(tmp_path, 3_000_001)  # more than one span, and no whole number of pages
+    view = tensor[2:].view(1, -1)
+    chunk.store()
+    chunk._mover.settle()
+    assert tensor.untyped_storage().nbytes() == 0
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    chunk.hold()
+    assert torch.equal(view[0], torch.arange(2, 3_000_001, dtype=torch.float32))
+    assert [change.state for change in chunk._gauge.changes] == ["hold", "leaving", "free", "coming", "hold"]
+
+
+def test_what_is_wanted_again_while_it_leaves_stays(tmp_path: Path) -> None:
+    chunk, tensor = chunk_of(tmp_path)
+    chunk.store()
+    chunk.hold()
+    chunk._mover.settle()
+    assert chunk.here
+    assert torch.equal(tensor, torch.arange(5000, dtype=torch.float32))
+
+
+def test_illegal_transitions_are_errors(tmp_path: Path) -> None:
+    chunk, _ = chunk_of(tmp_path)
+    chunk.begin()
+    with pytest.raises(IllegalTransition, match="compute"):
+        chunk.drop()
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EIO, "another disk")])
+def test_a_disk_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    chunk, _ = chunk_of(tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    chunk.store()
+    with pytest.raises(RunError) as caught:
+        chunk._mover.settle()
+    assert words in str(caught.value)
+    assert "last checkpoint" in caught.value.remedy
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="left"):
+        DiskTier(tmp_path).require(2**60)
+
+
+def test_folders_in_memory_are_known(tmp_path: Path) -> None:
+    if Path("/dev/shm").is_dir():
+        assert in_memory(Path("/dev/shm"))
+    assert in_memory(Path("/proc/self/no-such-folder")) is False
