@@ -218,6 +218,11 @@ class StrategyJob:
         "on a CPU with a C++ compiler: norms, rotary positions and gates of models whose code is known run in compiled loops, "
         "one pass over memory each",
     )
+    frozen_products: Literal["exact", "int8"] = option(
+        "exact",
+        "on a CPU, method lora: products with frozen weights in the format of `precision` (exact), or in int8, which is "
+        "faster and changes the result a little (docs/cpu.md)",
+    )
     processes: Literal["auto"] | int = option(
         "auto",
         "on a CPU: processes that share the examples of a step, each bound to its cores and their memory; `auto`: one a NUMA "

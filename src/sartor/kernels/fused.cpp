@@ -186,6 +186,57 @@ void softmax_backward(T *dp, const T *p, int64_t rows, int64_t keys, int threads
 
 }  // namespace
 
+// q = x * c rounded to 127 steps of s, the row's largest over 127; c (nothing where null) is a factor for each column.
+template <class T>
+void quantise_rows(const T *x, const float *c, int8_t *q, float *s, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
+    for (int64_t n = 0; n < rows; n++) {
+        const T *xn = x + n * width;
+        float largest = 0.0f;
+        if (c == nullptr) {
+#pragma omp simd reduction(max : largest)
+            for (int64_t i = 0; i < width; i++) {
+                const float size = fabsf(load(xn + i));
+                largest = size > largest ? size : largest;
+            }
+        } else {
+#pragma omp simd reduction(max : largest)
+            for (int64_t i = 0; i < width; i++) {
+                const float size = fabsf(load(xn + i) * c[i]);
+                largest = size > largest ? size : largest;
+            }
+        }
+        s[n] = largest / 127.0f;
+        const float inverse = largest > 0.0f ? 1.0f / s[n] : 0.0f;
+        int8_t *qn = q + n * width;
+        if (c == nullptr) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) qn[i] = int8_t(int32_t(rintf(load(xn + i) * inverse)));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) qn[i] = int8_t(int32_t(rintf(load(xn + i) * c[i] * inverse)));
+        }
+    }
+}
+
+// y = sums * s * c: scales of rows and (nothing where null) of columns.
+template <class T>
+void dequantise(const int32_t *sums, const float *s, const float *c, T *y, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
+    for (int64_t n = 0; n < rows; n++) {
+        const int32_t *given = sums + n * width;
+        T *yn = y + n * width;
+        const float scale = s[n];
+        if (c == nullptr) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) store(yn + i, float(given[i]) * scale);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) store(yn + i, float(given[i]) * scale * c[i]);
+        }
+    }
+}
+
 #define KINDS(T, KIND)                                                                                                          \
     void rms_norm_##KIND(const T *x, const T *w, T *y, float *r, int64_t rows, int64_t width, float epsilon, float offset,      \
                          int threads) {                                                                                         \
@@ -209,6 +260,13 @@ void softmax_backward(T *dp, const T *p, int64_t rows, int64_t keys, int threads
     }                                                                                                                           \
     void softmax_backward_##KIND(T *dp, const T *p, int64_t rows, int64_t keys, int threads) {                                  \
         softmax_backward(dp, p, rows, keys, threads);                                                                           \
+    }                                                                                                                           \
+    void quantise_rows_##KIND(const T *x, const float *c, int8_t *q, float *s, int64_t rows, int64_t width, int threads) {      \
+        quantise_rows(x, c, q, s, rows, width, threads);                                                                        \
+    }                                                                                                                           \
+    void dequantise_##KIND(const int32_t *sums, const float *s, const float *c, T *y, int64_t rows, int64_t width,              \
+                           int threads) {                                                                                       \
+        dequantise(sums, s, c, y, rows, width, threads);                                                                        \
     }
 
 extern "C" {

@@ -18,6 +18,7 @@ from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.placed import place
 from sartor.plan.plan import Plan
+from sartor.plan.products import frozen_products
 from sartor.plan.search import Choice, search
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
@@ -38,6 +39,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     source = resolve(job.model)
     check_trainable(source)
     method = traits(job)
+    inexact = frozen_products(job, machine)
     instructions, optimizer = machine.instruction_sets, job.training.optimizer
     precision = Precision.resolve(job.precision, machine.device.kind, instruction_sets=instructions, optimizer=optimizer)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
@@ -68,7 +70,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         raise does_not_fit(setting, strategy, forecast)
     trained = count_trained(job, source, precision)
     formats = _why_masters(job, precision, machine)
-    notes = (attention_note, note, formats, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
+    notes = (attention_note, note, formats, inexact, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
         job=job,
         machine=machine,

@@ -6,7 +6,9 @@ from torch import nn
 
 from sartor.job.schema import Job
 from sartor.kernels.fuse import fuse
+from sartor.kernels.int8 import quantise_frozen
 from sartor.methods import apply, trained_parameters
+from sartor.model import dissect
 from sartor.step.optim import make_optimizer
 from sartor.step.precision import Precision
 from sartor.step.step import TrainStep, enable_recompute
@@ -27,6 +29,9 @@ def make_trainable(
     `kind`: of the device that a skeleton on `meta` stands for.
     """
     model = apply(model, job, seed=seed, meta=meta, kind=kind).train()
+    if job.strategy.frozen_products == "int8":
+        for stack in dissect(model).stacks:
+            quantise_frozen(model.get_submodule(stack.path))
     precision.cast_trained(trained_parameters(model))
     if recompute:
         enable_recompute(model)
