@@ -79,7 +79,7 @@ def test_a_run_is_near_the_exact_one_and_forecast_with_smaller_weights(job_tree:
     plans = {mode: sartor.plan(tree) for mode, tree in trees.items()}
     weights = {mode: plan.forecast.peak.by_kind["weights"] for mode, plan in plans.items() if plan.forecast.peak}
     assert weights["int8"] < 0.9 * weights["exact"]
-    with pytest.raises(JobError, match="strategy.placement"):
+    with pytest.raises(JobError, match=r"strategy\.placement"):
         sartor.plan({**trees["int8"], "strategy": {"frozen_products": "int8", "placement": "disk"}})
     assert any("not exact" in note for note in plans["int8"].notes)
     for plan in plans.values():
