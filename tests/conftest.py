@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ import pytest
 import torch
 
 from support import conversations, make_model, write_jsonl
+
+with contextlib.suppress(ImportError):  # not on every machine with an accelerator
+    from hypothesis import settings
+
+    settings.register_profile("shared-machine", deadline=None)
+    settings.load_profile("shared-machine")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
