@@ -152,6 +152,7 @@ c10::Allocator* before = nullptr;
 void give(void* place) {
     if (place == nullptr) return;
     if (arena().holds(place)) {
+        c10::profiledCPUMemoryReporter().Delete(place);
         arena().give(place);
     } else {
         before->raw_deleter()(place);
@@ -161,7 +162,11 @@ void give(void* place) {
 struct Allocator final : c10::Allocator {
     c10::DataPtr allocate(size_t size) override {
         void* place = size >= kLeast ? arena().take(size) : nullptr;
-        if (place == nullptr) place = before->raw_allocate(size);  // small, or the arena cannot grow: then this tells so
+        if (place == nullptr) {
+            place = before->raw_allocate(size);  // small, or the arena cannot grow: then this tells so
+        } else {
+            c10::profiledCPUMemoryReporter().New(place, size);
+        }
         return {place, place, &give, c10::Device(c10::DeviceType::CPU)};
     }
 
