@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -145,9 +145,7 @@ class DiskTier:
 
     def read(self, region: Region, start: int, size: int, address: int) -> None:
         buffer, place = self._staging()
-        for first in range(0, size, SPAN):
-            count = min(SPAN, size - first)
-            taken = _rounded(count)
+        for first, count, taken in _spans(size):
             try:
                 got = os.preadv(self._descriptor, [buffer[:taken]], region.offset + start + first)
             except OSError as error:
@@ -158,9 +156,7 @@ class DiskTier:
 
     def write(self, region: Region, start: int, size: int, address: int) -> None:
         buffer, place = self._staging()
-        for first in range(0, size, SPAN):
-            count = min(SPAN, size - first)
-            taken = _rounded(count)
+        for first, count, taken in _spans(size):
             ctypes.memmove(place, address + first, count)
             try:
                 put = os.pwritev(self._descriptor, [buffer[:taken]], region.offset + start + first)
@@ -183,6 +179,13 @@ class DiskTier:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _spans(size: int) -> Iterator[tuple[int, int, int]]:
+    """What goes through the buffer at once: first byte, how many, and how many with the padding to a whole block."""
+    for first in range(0, size, SPAN):
+        count = min(SPAN, size - first)
+        yield first, count, _rounded(count)
 
 
 def in_memory(folder: Path) -> bool:
