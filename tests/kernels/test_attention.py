@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from sartor.kernels import attention
 from sartor.kernels.attention import NAME, Segments, segment_attention, segments_are, unsuited
+from sartor.kernels.native import products_library
 from sartor.model import ModelSource, build, skeleton
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -38,17 +39,28 @@ def plain(query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], s
     return torch.stack(rows)
 
 
+@pytest.fixture(params=["compiled", "products"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Short examples in compiled loops, or as the products that a machine without a compiler computes."""
+    if request.param == "products":
+        monkeypatch.setattr(attention, "suits", lambda query: False)
+    elif products_library() is None:
+        pytest.skip("there is no C++ compiler")
+    return str(request.param)
+
+
 @pytest.mark.parametrize(
     ("lengths", "width", "heads", "groups", "window"),
     [
         ([[5, 9, 3], [17]], 20, 4, 2, 0),  # padding, shared keys
         ([[300, 7]], 310, 4, 4, 0),  # blocks of queries
         ([[290]], 290, 2, 1, 100),  # blocks within a window
+        ([[530, 40]], 570, 2, 2, 0),  # longer than the compiled loops take
         ([[30, 31, 29, 60, 2, 1, 30]], 185, 4, 4, 5),  # several examples at once
     ],
 )
 def test_it_is_softmax_attention_of_every_example(
-    lengths: list[list[int]], width: int, heads: int, groups: int, window: int
+    way: str, lengths: list[list[int]], width: int, heads: int, groups: int, window: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(len(lengths), width, count, size) for count, size in ((heads, 8), (groups, 8), (groups, 6))]
@@ -58,6 +70,7 @@ def test_it_is_softmax_attention_of_every_example(
     expected = plain(*inputs, lengths, 0.3, window)
     gradient = torch.randn(found.shape, generator=generator)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not found[:, max(map(sum, lengths)) :].any()
     for one, other in zip(
         torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
     ):
@@ -65,7 +78,8 @@ def test_it_is_softmax_attention_of_every_example(
 
 
 def test_short_examples_are_computed_together_and_blocks_stay_in_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [len(group.where) for group in Segments([[30, 31, 29, 60, 30, 200, 200]], 600).groups] == [1, 1, 1, 4]
+    segments = Segments([[30, 31, 29, 60, 30, 200, 200]], 600)
+    assert [len(group.where) for group in segments.groups(compiled=False)] == [1, 1, 1, 4]
     sizes = []
     product = attention._product
     monkeypatch.setattr(attention, "_product", lambda *args: sizes.append((made := product(*args)).numel()) or made)

@@ -1,9 +1,9 @@
 """Causal attention of packed or padded rows, each example by itself: transformers' attention function `segments`, for CPUs.
 
 PyTorch's kernel for CPUs takes a dense mask to tell the examples of a row apart, and computes and reads all of it. Here every
-example is its own product of queries and keys, in blocks of queries that stay in cache; backward computes the probabilities
-again, so nothing is kept but queries, keys and values. Which positions are an example comes as Python integers with the batch, so
-no shape depends on values.
+example is attended to by itself: short ones in compiled loops (`attend.py`), others as products of queries and keys, in blocks
+of queries that stay in cache; backward computes the probabilities again, so nothing is kept but queries, keys and values. Which
+positions are an example comes as Python integers with the batch, so no shape depends on values.
 
 Shapes: R rows, T positions of a row, H query heads, G heads of keys and values, M = H / G, L positions of an example, B examples
 times G, D size of a head (of values: E), Q queries and K keys of a block.
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.attend import LONGEST, attend_, attend_backward_, suits
 from sartor.kernels.fused import causal_softmax_, softmax_backward_
+from sartor.kernels.native import products_library
 
 NAME = "segments"
 """Under which transformers knows this attention."""
@@ -75,7 +77,23 @@ class Segments:
                 where.append((first, length))
                 first += length
         self.padded = sum(length for _, length in where) < self.rows * width
-        self.groups = tuple(_group(length, members, self.rows * width, device) for length, members in _alike(where))
+        longest = LONGEST if products_library() is not None else 0
+        by_length = sorted(where, key=lambda entry: -entry[1])
+        self.short = [number for entry in by_length if entry[1] <= longest for number in entry]
+        """First position and length in turn of the examples that the compiled loops attend to."""
+        others = [entry for entry in by_length if entry[1] > longest]
+        self._by_products = tuple(_group(length, members, self.rows * width, device) for length, members in _alike(others))
+        self._whole: tuple[_Group, ...] | None = None if self.short else self._by_products
+        self._by_length, self._device = by_length, device
+
+    def groups(self, *, compiled: bool) -> tuple[_Group, ...]:
+        """The examples that products attend to; all of them where there are no compiled loops for the format."""
+        if compiled:
+            return self._by_products
+        if self._whole is None:
+            end = self.rows * self.width
+            self._whole = tuple(_group(length, members, end, self._device) for length, members in _alike(self._by_length))
+        return self._whole
 
     def windowed(self, window: int) -> Segments:
         """The same for layers whose positions see the last `window` ones only, themselves included."""
@@ -85,10 +103,11 @@ class Segments:
 
 
 def _alike(where: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Lengths, and the examples that are computed together at this length. Lengths are few and counts are powers of two: what
-    PyTorch compiles for a product in bfloat16 is for its sizes alone, and takes milliseconds and the better part of a MiB."""
+    """Of examples from the longest to the shortest: lengths, and those that are computed together at this length. Lengths are few
+    and counts are powers of two: what PyTorch compiles for a product in bfloat16 is for its sizes alone, and takes milliseconds
+    and the better part of a MiB."""
     by_length: dict[int, list[tuple[int, int]]] = {}
-    for entry in sorted(where, key=lambda entry: -entry[1]):
+    for entry in where:
         step = GRID if entry[1] <= GROUPED_LENGTH else 2 * GRID
         by_length.setdefault(-(-entry[1] // step) * step, []).append(entry)
     for length, members in by_length.items():
@@ -238,7 +257,10 @@ class _SegmentAttention(torch.autograd.Function):
         sources = [_positions(tensor) for tensor in (query, key, value)]
         result = _Rows(query.shape[1], value.shape[-1], segments, query)
         with torch.autocast("cpu", enabled=False):
-            for group in segments.groups:
+            compiled = suits(query)
+            if compiled and segments.short:
+                attend_(*sources, result.values(), segments.short, scale, segments.window)
+            for group in segments.groups(compiled=compiled):
                 q, k, v = (_gather(source, group) for source in sources)
                 result.put(group, _forward(q, k, v, scale, segments.window))
         return result.tensor()
@@ -249,7 +271,11 @@ class _SegmentAttention(torch.autograd.Function):
         sources = [_positions(tensor) for tensor in tensors]
         sources.append(gradient.flatten(0, 1))
         results = [_Rows(tensor.shape[1], tensor.shape[-1], segments, tensor) for tensor in tensors]
-        for group in segments.groups:
+        compiled = suits(tensors[0])
+        if compiled and segments.short:
+            places = [result.values() for result in results]
+            attend_backward_(sources[3], *sources[:3], *places, segments.short, ctx.scale, segments.window)
+        for group in segments.groups(compiled=compiled):
             q, k, v, g = (_gather(source, group) for source in sources)
             if group.padding is not None:
                 g.masked_fill_(group.padding[:, None, :, None], 0)
@@ -289,6 +315,10 @@ class _Rows:
             self._values.narrow(0, first, length).copy_(by_position[0])
         else:
             self._values.index_copy_(0, group.index, by_position.flatten(0, 1))
+
+    def values(self) -> Tensor:
+        """All positions, and one more: P + 1, heads, size."""
+        return self._values
 
     def tensor(self) -> Tensor:
         return self._values[:-1].view(self._shape)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
+from sartor.kernels.lora import lora_of
 from sartor.kernels.native import library
 
 _NORM = """
@@ -69,7 +70,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
         return {}
     found: Counter[str] = Counter()
     for module in model.modules():
-        for part, forward_of in (("norms", _norm_of), ("gates", _mlp_of), ("rotary positions", _attention_of)):
+        for part, forward_of in _PARTS.items():
             forward = forward_of(module)
             if forward is not None:
                 module.forward = forward
@@ -80,7 +81,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
 def unfuse(model: nn.Module) -> None:
     """The modules' own code again, as others will run it: equal to a bit with what they load."""
     for module in model.modules():
-        if any(of(module) is not None for of in (_norm_of, _mlp_of, _attention_of)):
+        if any(of(module) is not None for of in _PARTS.values()):
             vars(module).pop("forward", None)
 
 
@@ -166,6 +167,14 @@ def _with_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     )
     bound.__kwdefaults__ = forward.__kwdefaults__
     return functools.update_wrapper(bound, forward)
+
+
+_PARTS: dict[str, Callable[[Any], Callable[..., Any] | None]] = {
+    "norms": _norm_of,
+    "gates": _mlp_of,
+    "rotary positions": _attention_of,
+    "adapters": lora_of,
+}
 
 
 def _is(function: Any, known: str) -> bool:

@@ -1,4 +1,4 @@
-"""`native.cpp` and `fused.cpp`, compiled on the machine that runs it: with this machine's instructions, once, in about a
+"""The C++ sources beside this file, compiled on the machine that runs it: with this machine's instructions, once, in about a
 second.
 
 Without a C++ compiler the callers take their way through PyTorch's operators; `missing` says so.
@@ -24,6 +24,7 @@ import torch
 from sartor.folders import cache_folder
 
 HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
+_TILES, *_PRODUCTS = (Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "lora.cpp"))
 
 _COMMON = (
     "-std=c++17",
@@ -47,6 +48,12 @@ def library() -> ctypes.CDLL | None:
     if loaded is not None:
         _declare(loaded)
     return loaded
+
+
+@functools.cache
+def products_library() -> ctypes.CDLL | None:
+    """The compiled loops with small products in them, or None where they cannot be compiled. Products may be fused with sums."""
+    return compiled("products", _PRODUCTS, (HEADER, _TILES), flags=("-fno-exceptions", "-ffp-contract=fast"))
 
 
 def compiled(

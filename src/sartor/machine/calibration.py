@@ -26,7 +26,7 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
 
 
@@ -62,11 +62,11 @@ class MemoryRate:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRate:
-    """`scaled_dot_product_attention` over batch x heads x length x head_size."""
+    """`scaled_dot_product_attention` over batch x heads x length x head_size, or Sartor's attention of short examples."""
 
     dtype: str
     form: str
-    """`causal` (no mask given) or `masked` (a dense mask)."""
+    """`causal` (no mask given), `masked` (a dense mask), or `examples` (Sartor's)."""
     batch: int
     heads: int
     length: int

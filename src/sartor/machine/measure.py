@@ -7,6 +7,7 @@ of caches as warm as they get; the cost of memory that is new is a rate of its o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,11 +32,12 @@ _SLOWEST_CALL_SECONDS = 0.3
 """What would take longer, by the rate of the one before, is left out."""
 _LENGTHS = (64, 256, 1024)
 _DEVICE_LENGTHS = (4096,)
+_EXAMPLE_LENGTHS = (32, 128, 512)
 _HEADS, _HEAD_SIZE = 12, 64
 _COLUMNS = 1024
 _MEMORY_BYTES = (2**16, 2**20, 2**23)
-_MATMUL_SECONDS, _MEMORY_SECONDS, _ATTENTION_SECONDS = 4.0, 5.0, 4.0
-"""Each at most: the products of one format, the operators on memory, attention."""
+_MATMUL_SECONDS, _MEMORY_SECONDS, _ATTENTION_SECONDS, _EXAMPLES_SECONDS = 4.0, 5.0, 3.0, 1.0
+"""Each at most: the products of one format, the operators on memory, attention, that of short examples."""
 
 
 def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str], as_run: AsRun | None = None) -> DeviceRates:
@@ -62,7 +64,7 @@ def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str], as_run: 
             adamw_tensor_seconds=per_tensor,
             first_touch_bytes_per_second=_first_touch(clock),
             memory=tuple(_memory(clock, largest_bytes, notes)),
-            attention=tuple(_attention(clock, notes)),
+            attention=(*_attention_of_examples(clock, notes, as_run), *_attention(clock, notes)),
             loss=tuple(_loss(clock, notes)),
             matmul=tuple(_matmul(clock, notes)),
         )
@@ -230,6 +232,34 @@ def _attention(clock: Clock, notes: list[str]) -> Iterator[AttentionRate]:
                         forward_flops_per_second=4 * product / forward,
                         backward_flops_per_second=10 * product / backward,
                     )
+
+
+def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None) -> Iterator[AttentionRate]:
+    """Sartor's own kernel, where there is one."""
+    if as_run is None or clock.device.type != "cpu":
+        return
+    clock.section(_EXAMPLES_SECONDS)
+    for length in _EXAMPLE_LENGTHS:
+        count = max(1, 1024 // length)
+        where = [number for n in range(count) for number in (n * length, length)]
+        product = count * _HEADS * length**2 * _HEAD_SIZE
+        for dtype in FLOATS:
+            with _may_fail(f"attention of short examples in {_name(dtype)}", notes):
+                given = [noise(count * length, _HEADS, _HEAD_SIZE, dtype=dtype) for _ in range(4)]
+                made = [torch.empty_like(given[0]) for _ in range(3)]
+                attend, back = torch.ops.sartor.attend_, torch.ops.sartor.attend_backward_
+                forward = clock.seconds(functools.partial(attend, *given[:3], made[0], where, 0.125, 0))
+                backward = clock.seconds(functools.partial(back, *given, *made, where, 0.125, 0))
+                yield AttentionRate(
+                    dtype=_name(dtype),
+                    form="examples",
+                    batch=count,
+                    heads=_HEADS,
+                    length=length,
+                    head_size=_HEAD_SIZE,
+                    forward_flops_per_second=4 * product / forward,
+                    backward_flops_per_second=10 * product / backward,
+                )
 
 
 def _attend(clock: Clock, shape: tuple[int, ...], dtype: torch.dtype, mask: Tensor | None) -> tuple[float, float]:

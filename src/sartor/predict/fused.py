@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sartor.kernels.loss import Extent
+from sartor.kernels.attend import attend_, attend_backward_
+from sartor.kernels.lora import add_low_rank_, low_rank_backward_
+from sartor.kernels.loss import Extent, linear_cross_entropy_
 from sartor.predict.operations import Operation
 
 COMPILED = {"rms_norm", "silu_mul", "rotate"}
@@ -47,3 +49,64 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
         read = logits_NV + hidden_NH + again - weights
         made.append(Operation(**product, read_bytes=read, written_bytes=weights, sizes=sizes, form="tn"))
     return made
+
+
+def attention_of_examples(args: Sequence[Any], *, backward: bool) -> list[Operation]:
+    """A call of `attend_` or of its backward, as if all its work were on examples of one length: that of most of it."""
+    query, key, value = args[1:4] if backward else args[:3]
+    where = args[7 if backward else 4]
+    heads, size, value_size, itemsize = query.shape[1], query.shape[2], value.shape[2], query.element_size()
+    wide, narrow = (3, 2) if backward else (1, 1)
+    lengths = where[1::2]
+    positions, squares = sum(lengths), sum(length**2 for length in lengths)
+    length = sum(length**3 for length in lengths) // squares
+    ahead = positions * itemsize * (heads * size + key.shape[1] * (size + value_size))
+    result = positions * itemsize * heads * value_size
+    made = Operation(
+        name="attend_backward" if backward else "attend",
+        family="attention",
+        dtype=str(query.dtype).removeprefix("torch."),
+        flops=2 * heads * squares * (wide * size + narrow * value_size),
+        read_bytes=ahead + (result if backward else 0),
+        written_bytes=ahead if backward else result,
+        made_bytes=0,
+        sizes=(heads * len(lengths), length, length, size),
+        form="examples",
+    )
+    return [made]
+
+
+def low_rank(args: Sequence[Any], *, backward: bool) -> list[Operation]:
+    """A call of `add_low_rank_` or of its backward: the products that it stands for."""
+    x_MK, b_NR = (args[1], args[4]) if backward else (args[0], args[2])
+    (rows, inside), (outside, rank) = x_MK.shape, b_NR.shape
+    products = [(rows, rank, inside, "nt"), (rows, outside, rank, "nt")]
+    if backward:
+        products = [(rows, rank, outside, "nn"), (rank, inside, rows, "tn"), (outside, rank, rows, "tn")]
+        products += [(rows, inside, rank, "nn")] if args[5] is not None else []
+    size = x_MK.element_size()
+    return [
+        Operation(
+            name="mm",
+            family="matmul",
+            dtype=str(x_MK.dtype).removeprefix("torch."),
+            flops=2 * m * n * k,
+            read_bytes=size * (m * k + k * n),
+            written_bytes=size * m * n,
+            made_bytes=0,
+            sizes=(1, m, n, k),
+            form=form,
+        )
+        for m, n, k, form in products
+    ]
+
+
+def parts_of(func: Any, args: Sequence[Any]) -> list[Operation] | None:
+    """What an operator of Sartor's own does, where that is several things."""
+    if func is linear_cross_entropy_:
+        return head_and_loss(args)
+    if func is attend_ or func is attend_backward_:
+        return attention_of_examples(args, backward=func is attend_backward_)
+    if func is add_low_rank_ or func is low_rank_backward_:
+        return low_rank(args, backward=func is low_rank_backward_)
+    return None

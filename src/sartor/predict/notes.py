@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.kernels.loss import linear_cross_entropy_
-from sartor.predict.fused import head_and_loss
+from sartor.predict.fused import parts_of
 from sartor.predict.operations import VIEW, Operation, Operations, Segment
 from sartor.predict.operators import describe, describe_one, is_collective, tensors_of
 
@@ -42,8 +41,8 @@ class Notebook:
         else:
             key = (func, *map(_key, args), *map(_key, kwargs.values())) if kwargs else (func, *map(_key, args))
             if key not in self._places:
-                parts = head_and_loss(args) if func is linear_cross_entropy_ else [describe(func, args, kwargs, result)]
-                self._places[key] = self._add(*parts)
+                parts = parts_of(func, args)
+                self._places[key] = self._add(*([describe(func, args, kwargs, result)] if parts is None else parts))
             places = self._places[key]
         for place in places:
             self._count(place, phase, _kind_of(phase), unit)

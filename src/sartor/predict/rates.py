@@ -151,8 +151,10 @@ class CalibratedRates:
         return table((_FORMS.get(operation.form, 0.0), math.log2(batch), math.log2(m), math.log2(n), math.log2(max(k, 1))))
 
     def _attention_rate(self, operation: Operation) -> float:
-        form = "masked" if operation.form == "masked" else "causal"
+        form = operation.form if operation.form in ("masked", "examples") else "causal"
         direction = "backward" if operation.name.endswith("_backward") else "forward"
+        if form == "examples" and (operation.dtype, form, direction) not in self._attention:
+            form = "causal"
         table = self._attention.get((operation.dtype, form, direction)) or self._attention.get(("float32", form, direction))
         if table is None:  # none was measured: as two batched products
             return _of_format(self._products, operation.dtype)((0.0, 6.0, 8.0, 6.0, 8.0))

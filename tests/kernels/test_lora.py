@@ -1,0 +1,89 @@
+"""Adapters beside frozen linear layers: what PEFT's layers compute, in one function."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from sartor.kernels.fuse import fuse, unfuse
+from sartor.kernels.lora import MOST_RANK, lora_linear, lora_of
+from sartor.kernels.native import products_library
+
+pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inside", "outside", "rank", "bias"),
+    [(100, 64, 48, 16, False), (37, 20, 33, 5, True), (3, 300, 530, MOST_RANK, False), (65, 50, 30, 33, True)],
+)
+def test_it_is_the_layer_and_its_adapter(dtype: torch.dtype, rows: int, inside: int, outside: int, rank: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    x, weight, a, b = normal(2, rows, inside), normal(outside, inside), normal(rank, inside), normal(outside, rank)
+    constant = normal(outside) if bias else None
+    inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
+    found = lora_linear(x, weight, a, b, bias=constant, scale=2.0)
+    gradient = normal(2, rows, outside)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    low = F.linear(F.linear(exact[0], exact[1]), exact[2]) * 2.0
+    expected = F.linear(exact[0], weight.double(), None if constant is None else constant.double()) + low
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
+    )
+    for one, other in pairs:
+        assert one.dtype == dtype
+        error = (one.double() - other).norm() / other.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def adapted(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8)), LoraConfig(target_modules=["0", "1"], **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model.train()
+
+
+def test_peft_layers_give_the_same_and_may_be_turned_off() -> None:
+    model, x = adapted(r=4), torch.randn(7, 24)
+    usual = copy.deepcopy(model)
+    assert fuse(model) == {"adapters": 2}
+    torch.testing.assert_close(model(x), usual(x), atol=1e-5, rtol=1e-5)
+    with model.disable_adapter(), usual.disable_adapter():
+        assert torch.equal(model(x), usual(x))
+    model.merge_adapter()
+    usual.merge_adapter()
+    assert torch.equal(model(x), usual(x))
+    model.unmerge_adapter()
+    unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_first_layer_asks_for_no_gradient_of_its_input() -> None:
+    model = adapted(r=4)
+    fuse(model)
+    x = torch.randn(7, 24, requires_grad=True)
+    model(x).sum().backward()
+    with_input = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    model(x.detach()).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in with_input:
+            assert torch.equal(parameter.grad, with_input[name])
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"r": 2 * MOST_RANK}])
+def test_other_adapters_are_left_to_peft(options: dict[str, object]) -> None:
+    model = adapted(**{"r": 4, **options})
+    assert all(lora_of(module) is None for module in model.modules())
