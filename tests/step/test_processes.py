@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ranks import on_ranks
-from sartor.step import GradientSum, World, lookup_table
+from sartor.step import GradientSum, World
+from sartor.step.processes import lookup_table
 
 WIDTH, RANKS = 512, 3
 

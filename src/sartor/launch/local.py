@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import socket
@@ -17,10 +16,8 @@ from typing import IO
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from sartor.errors import RunError, UsageError
+from sartor.errors import RunError
 from sartor.launch.numa import Place, bind, places
-from sartor.machine.calibration import load_calibration, save_calibration
-from sartor.machine.measure_links import measure_collectives
 from sartor.machine.probe import usable_cpus
 from sartor.plan import Plan
 from sartor.step import World
@@ -32,7 +29,6 @@ JOIN_SECONDS = 300
 LEAVE_SECONDS = 30
 PATIENCE = datetime.timedelta(days=1)
 """Others wait while the first process saves or answers; one that is gone is noticed at once."""
-_SUMS = ("all_reduce",)
 _TAIL = 1500
 """Characters of what a process said before it failed that are shown."""
 
@@ -60,8 +56,6 @@ def follow_started(rank: int, size: int, port: int) -> None:
     store = TCPStore("127.0.0.1", port, size, is_master=False)
     store.set(f"here-{rank}", "")
     with _joined(store, rank, size) as world:
-        if world.lead():
-            measure_collectives(names=_SUMS)
         assist(world)
 
 
@@ -89,24 +83,12 @@ def _started(plan: Plan) -> Iterator[World]:
         try:
             _wait_for(children, store)
             with _joined(store, 0, size) as world:
-                _measure_sums(plan, world)
                 yield world
             _leave(children)
         except RuntimeError as error:  # gloo's, when a process at the other end is gone
             if failed := _failed(children, seconds=LEAVE_SECONDS / 10):
                 raise failed from error
             raise
-
-
-def _measure_sums(plan: Plan, world: World) -> None:
-    """Beside the rates of this machine, where it is calibrated, keep how fast so many processes sum gradients: measured once."""
-    kept = load_calibration(plan.machine)
-    known = kept is None or any(rate.name in _SUMS and rate.ranks == world.size for rate in kept.collectives)
-    if world.lead(not known):
-        assert kept is not None, "or nothing is measured"
-        rates = measure_collectives(names=_SUMS)
-        with contextlib.suppress(UsageError):  # a folder that cannot be written to: then it stays unknown
-            save_calibration(dataclasses.replace(kept, collectives=(*kept.collectives, *rates)))
 
 
 class _Child:

@@ -72,9 +72,9 @@ class Estimator:
         return self.setting.order.global_batch > strategy.micro_batch * strategy.layout.data * strategy.processes
 
     def _sketch_of(self, strategy: Strategy) -> Sketch:
-        return self._sketch(strategy.recompute, strategy.attention, strategy.layout.devices > 1)
+        return self._sketch(strategy.recompute, strategy.attention, strategy.layout.devices > 1, strategy.processes)
 
-    def _traced(self, recompute: bool, attention: str | None, several: bool) -> Sketch:
+    def _traced(self, recompute: bool, attention: str | None, several: bool, processes: int) -> Sketch:
         setting, shape = self.setting, self._shape
         precision = setting.precision
         if several:  # FSDP2 gathers weights in the format of the arithmetic
@@ -94,6 +94,7 @@ class Estimator:
                 precision=precision,
                 recompute=recompute,
                 attention=attention,
+                processes=processes,
                 sketch=True,
             )
             for rows in ROWS

@@ -21,5 +21,6 @@ def forecast_of(setting: Setting, strategy: Strategy) -> MemoryForecast:
         attention=strategy.attention,
         layout=strategy.layout,
         expandable_segments=strategy.expandable_segments,
+        processes=strategy.processes,
     )
     return with_drift(setting, strategy, forecast) if strategy.layout.devices == 1 else forecast

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from sartor.errors import JobError
 from sartor.job import Job
 from sartor.machine import Machine
-from sartor.machine.calibration import CollectiveRate
 from sartor.machine.probe import usable_cpus
 from sartor.machine.topology import clusters
 from sartor.predict.time import TimeForecast
@@ -56,18 +55,20 @@ def part_of(machine: Machine, processes: int) -> Machine:
     )
 
 
-def with_sums(time: TimeForecast, processes: int, gradient_bytes: int, rates: Collection[CollectiveRate]) -> TimeForecast:
-    """The forecast of all the work on the whole machine, as so many processes do it: each updates all weights, and gradients are
-    summed in between, at the measured speed of that."""
-    if processes == 1:
-        return time
-    measured = next((rate for rate in rates if rate.name == "all_reduce" and rate.ranks == processes), None)
-    sent = 0.0 if measured is None else measured.alpha_seconds + gradient_bytes / measured.beta_bytes_per_second
+def shared_traffic_bytes(gradient_bytes: int, processes: int) -> int:
+    """What the processes of a machine read and write to have the sum of their gradients and the same new weights, beside what the
+    trace of one of them has: the others' copies of gradients, the sums, and new weights, which are as large (`step.shared`)."""
+    copies, sums, weights = 2 * (processes - 1), processes + 1, 2 * processes
+    return gradient_bytes * (copies + sums + weights)
+
+
+def with_sums(time: TimeForecast, processes: int, sent: float) -> TimeForecast:
+    """The forecast of all the work on the whole machine, as so many processes do it: each has a part of the update, and `sent`
+    seconds go into gradients and weights on their way."""
     updates = (processes - 1) * time.breakdown["optimizer"]
     seconds = time.step_seconds + updates + sent
     slower = seconds / time.step_seconds
     parts = {**time.breakdown, "optimizer": time.breakdown["optimizer"] + updates, "communication": sent}
-    unknown = "how fast processes sum gradients is not measured yet: that is not counted; the first such run measures it"
     return dataclasses.replace(
         time,
         step_seconds=seconds,
@@ -79,5 +80,4 @@ def with_sums(time: TimeForecast, processes: int, gradient_bytes: int, rates: Co
         job_hours=time.job_hours * slower,
         cost_usd=None if time.cost_usd is None else time.cost_usd * slower,
         energy_kwh=None if time.energy_kwh is None else time.energy_kwh * slower,
-        notes=(*time.notes, *(() if measured else (unknown,))),
     )

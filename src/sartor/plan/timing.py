@@ -10,12 +10,12 @@ import torch
 from sartor.data.pack import collate
 from sartor.kernels import arena
 from sartor.machine import Machine
-from sartor.machine.calibration import CollectiveRate, load_calibration
-from sartor.plan.processes import with_sums
+from sartor.machine.calibration import load_calibration
+from sartor.plan.processes import shared_traffic_bytes, with_sums
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
-from sartor.predict.operations import Operations
+from sartor.predict.operations import Operation, Operations
 from sartor.predict.rates import KEEPS_UP_TO, CalibratedRates, CatalogueRates, Rates
 from sartor.predict.target import Target
 from sartor.predict.time import TimeForecast, Work, expenses_of, forecast_time, network_of
@@ -71,7 +71,7 @@ class Timing:
         whole = forecast_time(
             stages, rates=self.rates, layout=strategy.layout, network=self.network, work=work, expenses=self.expenses
         )
-        return whole if strategy.processes == 1 else with_sums(whole, strategy.processes, self._gradient_bytes, self._sums)
+        return whole if strategy.processes == 1 else with_sums(whole, strategy.processes, self._sum_seconds(strategy.processes))
 
     @cached_property
     def _gradient_bytes(self) -> int:
@@ -80,11 +80,19 @@ class Timing:
         width = getattr(torch, setting.precision.trained).itemsize
         return int(width * count_trained(setting.job, setting.source, setting.precision))
 
-    @cached_property
-    def _sums(self) -> tuple[CollectiveRate, ...]:
-        """Measured between processes of this machine."""
-        calibration = load_calibration(self.setting.machine)
-        return () if calibration is None else calibration.collectives
+    def _sum_seconds(self, processes: int) -> float:
+        """Of gradients and new weights on their way between processes of this machine: copies in its memory."""
+        half = shared_traffic_bytes(self._gradient_bytes, processes) // 2
+        copies = Operation(
+            name="copy_",
+            family="copy",
+            dtype=self.setting.precision.trained,
+            flops=0,
+            read_bytes=half,
+            written_bytes=half,
+            made_bytes=0,
+        )
+        return self.rates.seconds(copies, "update")
 
     def of_forecast(self, strategy: Strategy, forecast: MemoryForecast) -> TimeForecast:
         """The time of what was forecast. Memory is that of the largest step; where the average micro-batch is much smaller, it is
@@ -115,6 +123,7 @@ class Timing:
             precision=setting.precision,
             recompute=strategy.recompute,
             attention=strategy.attention,
+            processes=strategy.processes,
         )
         return ledger.operations, int(batch.input_ids_RT.size)
 

@@ -131,13 +131,15 @@ def forecast_memory(
     attention: str | None,
     layout: Layout | None = None,
     expandable_segments: bool = False,
+    processes: int = 1,
 ) -> MemoryForecast:
     """Trace the two steps of `work`, replay the device's allocator, and compare with the device's memory.
 
-    Over several devices: of the rank that needs most; the others are in its `ranks`.
+    Over several devices: of the rank that needs most; the others are in its `ranks`. Of several processes on a CPU: of the first,
+    where `machine` is its part; memory that they share counts where it is written.
     """
     with collector_paused():
-        return _forecast(job, source, machine, work, precision, recompute, attention, layout, expandable_segments)
+        return _forecast(job, source, machine, work, precision, recompute, attention, layout, expandable_segments, processes)
 
 
 @contextlib.contextmanager
@@ -162,6 +164,7 @@ def _forecast(
     attention: str | None,
     layout: Layout | None,
     expandable_segments: bool,
+    processes: int,
 ) -> MemoryForecast:
     start = time.perf_counter()
     target, layout = Target.of(machine.device), layout or Layout()
@@ -173,7 +176,7 @@ def _forecast(
 
             ledgers = trace_stages(job, source, work.largest, target, **options)
         else:
-            ledgers = [(0, trace_job(job, source, work.first, target, later=work.later, **options))]
+            ledgers = [(0, trace_job(job, source, work.first, target, later=work.later, processes=processes, **options))]
     except JobError:
         raise  # the job asks for what there is not
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from sartor.data.pack import Batch
 from sartor.job.schema import Job
 from sartor.methods import trained_parameters, traits
@@ -20,7 +22,7 @@ from sartor.predict.repeat import NotRepeatable, expand
 from sartor.predict.target import Target
 from sartor.predict.trace import trace_steps
 from sartor.predict.world import fake_world
-from sartor.step import Precision, make_step, make_trainable
+from sartor.step import Precision, SharedGradients, TrainStep, World, make_step, make_trainable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,15 +43,16 @@ def trace_job(
     layout: Layout | None = None,
     later: Sequence[Batch] | None = None,
     context_rank: int | None = None,
+    processes: int = 1,
     sketch: bool = False,
 ) -> Ledger:
     """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
 
     Layers that repeat are traced a few times and repeated; where that cannot be (their traces differ, or the method treats layers
     by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
-    where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`).
-    A `sketch` keeps fewer layers: sums are right,
-    but which storage of a neighbour is freed when may not be."""
+    where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`). Of several
+    `processes` on a CPU it is that of the first, whose part of the steps the micro-batches are. A `sketch` keeps fewer layers:
+    sums are right, but which storage of a neighbour is freed when may not be."""
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
@@ -66,10 +69,17 @@ def trace_job(
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
         if mesh is not None:
             parallelise(model, mesh, layout)
+
+        def step_of(fake: nn.Module) -> TrainStep:
+            step = make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind)
+            if processes > 1:
+                step.shared = SharedGradients(step.parameters, step.optimizer, World(0, processes), None)
+            return step
+
         with ring:
             ledger = trace_steps(
                 model,
-                lambda fake: make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind),
+                step_of,
                 batches,
                 later=later,
                 target=target,

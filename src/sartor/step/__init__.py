@@ -5,22 +5,24 @@ from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.optim import learning_rate
 from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import FAST_BF16, Precision
-from sartor.step.processes import GradientSum, World, lookup_table
-from sartor.step.step import Gradients, TrainStep
+from sartor.step.processes import GradientSum, World
+from sartor.step.shared import SharedGradients
+from sartor.step.step import Gradients, TrainStep, share_step
 
 __all__ = [
     "FAST_BF16",
     "GradientSum",
     "Gradients",
     "Precision",
+    "SharedGradients",
     "SumLoss",
     "TensorBatch",
     "TrainStep",
     "World",
     "cannot_pack",
     "learning_rate",
-    "lookup_table",
     "make_step",
     "make_trainable",
     "mixes_examples",
+    "share_step",
 ]

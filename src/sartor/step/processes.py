@@ -39,6 +39,10 @@ class World:
         dist.all_reduce(total)
         return list(total.tolist())
 
+    def reached(self) -> Any:
+        """This process is here; whoever waits for what this returns goes on when all are."""
+        return dist.all_reduce(torch.zeros(1), async_op=True)
+
     def seed(self, seed: int, step: int) -> None:
         """Randomness of a step (dropout): other numbers in every process, the same after a resumption. One process alone goes on
         with the numbers it has."""
@@ -77,7 +81,7 @@ class GradientSum:
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, embedding: nn.Parameter | None = None) -> None:
         """`embedding`: one that is looked up by input tokens, and whose other rows should get no gradient. The first step tells
         whether that is so; then those rows alone are sent."""
-        self._world = world
+        self._world, self._parameters = world, list(parameters.values())
         self._embedding, self._rows = embedding, torch.empty(0, dtype=torch.int64)
         self._by_rows: bool | None = None
         self._large = [p for p in reversed(list(parameters.values())) if p.numel() * p.element_size() >= SMALL_BYTES]
@@ -96,6 +100,20 @@ class GradientSum:
     def begin(self) -> None:
         """The backward pass that comes is this process's last of the step."""
         self._counting = True
+
+    def updated(self) -> list[nn.Parameter]:
+        """What this process updates: everything."""
+        return [parameter for parameter in self._parameters if parameter.grad is not None]
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm of all gradients, from that of what this process updates."""
+        return norm
+
+    def publish(self) -> None:
+        """All processes have made the same update; there is nothing to hand out."""
+
+    def discard(self) -> None:
+        """Gradients are the optimizer's to free."""
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sartor.kernels.adam import MasterAdamW, gradient_norm
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.precision import Precision
-from sartor.step.processes import GradientSum
+from sartor.step.processes import GradientSum, World, lookup_table
+from sartor.step.shared import SharedGradients, can_share, memory_bytes, shared_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class TrainStep:
         self.precision, self.device_kind, self.clip_norm = precision, device_kind, clip_norm
         self.loss = SumLoss(model, kind=loss, device_kind=kind or device_kind)
         self.reduce_once = reduce_once
-        self.shared: GradientSum | None = None
+        self.shared: GradientSum | SharedGradients | None = None
         """Where several processes compute a step."""
         self.updating = False
         """Whether weights are being changed, or were when an update failed."""
@@ -82,15 +83,17 @@ class TrainStep:
 
     def clip(self) -> Tensor:
         """Clip the gradient; its norm before. Where masters are kept, the optimizer multiplies while it reads the gradient."""
-        parameters = list(self.parameters.values())
-        if isinstance(self.optimizer, MasterAdamW):
-            norm: Tensor = gradient_norm([p.grad for p in parameters if p.grad is not None])
-            if self.clip_norm > 0:  # as torch.nn.utils.clip_grad_norm_ does it
-                self.optimizer.scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            return norm
-        if self.clip_norm > 0:
-            return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        masters = isinstance(self.optimizer, MasterAdamW)
+        parameters = list(self.parameters.values()) if self.shared is None else self.shared.updated()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm: Tensor = gradient_norm(gradients) if masters else torch.nn.utils.get_total_norm(gradients)
+        if self.shared is not None:
+            norm = self.shared.whole_norm(norm)
+        if self.clip_norm > 0 and isinstance(self.optimizer, MasterAdamW):  # as torch.nn.utils.clip_grad_norm_ does it
+            self.optimizer.scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        elif self.clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        return norm
 
     def update(self, rate: float) -> None:
         """Take the optimizer step at this learning rate and free the gradients."""
@@ -98,12 +101,42 @@ class TrainStep:
             group["lr"] = rate
         self.updating = True
         self.optimizer.step()
+        if self.shared is not None:
+            self.shared.publish()
         self.updating = False
         self.discard()
 
     def discard(self) -> None:
         """Free the gradients without a step."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.shared is not None:
+            self.shared.discard()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter; where processes share it, whole, in the first of them."""
+        if isinstance(self.shared, SharedGradients):
+            return self.shared.state(parameter, self.optimizer)
+        return {key: torch.as_tensor(value) for key, value in self.optimizer.state[parameter].items()}
+
+    def put_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Take over what `state_of` gave, in this run or in another one."""
+        if isinstance(self.shared, SharedGradients):
+            self.shared.put_state(parameter, self.optimizer, key, value)
+        else:
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def share_step(step: TrainStep, world: World) -> None:
+    """Let the processes of a world compute this step together: through memory where they are on one machine, else by sending."""
+    if world.size == 1:
+        return
+    everywhere = not any(world.sum(float(not can_share(step.parameters))))
+    size = memory_bytes(step.parameters, step.optimizer, world.size) if everywhere else 0
+    memory = shared_memory(world, size) if size else None
+    if memory is None:
+        step.shared = GradientSum(step.parameters, world, embedding=lookup_table(step.model))
+    else:
+        step.shared = SharedGradients(step.parameters, step.optimizer, world, memory)
 
 
 def enable_recompute(model: nn.Module) -> None:

@@ -199,16 +199,15 @@ def _plain(tensor: Tensor) -> Tensor:
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in state.step.parameters.items():
-        for key, value in state.step.optimizer.state[parameter].items():
-            tensors[f"{name}|{key}"] = _plain(torch.as_tensor(value))
+        for key, value in state.step.state_of(parameter).items():
+            tensors[f"{name}|{key}"] = _plain(value)
     return tensors
 
 
 def _restore_optimizer(tensors: dict[str, Tensor], state: TrainState) -> None:
     for key, value in tensors.items():
         name, _, entry = key.rpartition("|")
-        parameter = state.step.parameters[name]
-        state.step.optimizer.state[parameter][entry] = value.to(parameter.device)
+        state.step.put_state(state.step.parameters[name], entry, value)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         finished = progress.step == plan.total_steps
         final = _final_checkpoint(plan, bench, state, progress, folder, finished=finished)
         saved.publish(final, folder)
-        memory = memory_outcome(plan)
+        memory = memory_outcome(plan, bench.step)
         if finished:
             unfuse(bench.step.model)
             watchers.trained(bench.step.model, bench.tokenizer, bench.sets)

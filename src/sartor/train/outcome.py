@@ -13,8 +13,9 @@ import torch
 
 from sartor.data.pack import Batch
 from sartor.errors import RunError
-from sartor.machine.memory import peak_resident_bytes, reset_peak_resident
+from sartor.machine.memory import peak_resident_bytes, reset_peak_resident, resident_shared_bytes
 from sartor.plan import Plan
+from sartor.step import SharedGradients, TrainStep
 from sartor.train.checkpoint import Progress
 from sartor.train.record import MemoryOutcome, Run, TimeOutcome, read_metrics
 from sartor.train.setup import Workbench
@@ -30,11 +31,14 @@ def reset_peaks(plan: Plan) -> None:
         torch.accelerator.reset_peak_memory_stats(plan.machine.device.index)
 
 
-def memory_outcome(plan: Plan) -> MemoryOutcome:
-    """Forecast beside measurement: resident memory of the process on a CPU, allocated memory on an accelerator."""
+def memory_outcome(plan: Plan, step: TrainStep) -> MemoryOutcome:
+    """Forecast beside measurement: resident memory of the process on a CPU, allocated memory on an accelerator. Where processes
+    share memory, each counts what it writes, not what it reads of the others'."""
     forecast = plan.forecast
     if plan.machine.device.kind == "cpu":
         expected, measured, name = forecast.process_bytes, peak_resident_bytes(), "peak resident memory of the process"
+        if isinstance(step.shared, SharedGradients):
+            measured -= max(resident_shared_bytes() - step.shared.own_bytes, 0)
     else:
         expected = forecast.allocated_bytes
         measured, name = torch.accelerator.max_memory_allocated(plan.machine.device.index), "peak allocated device memory"

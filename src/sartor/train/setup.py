@@ -31,7 +31,7 @@ from sartor.placement import PlacedStep
 from sartor.placement.save import load_model
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
-from sartor.step import GradientSum, TrainStep, World, lookup_table, make_step, make_trainable, mixes_examples
+from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step
 from sartor.train.checkpoint import restore_adapter
 from sartor.train.placed import build_placed
 
@@ -112,8 +112,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
         step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
     if placed is not None:
         step = PlacedStep(step, placed)
-    if world.size > 1:
-        step.shared = GradientSum(step.parameters, world, embedding=lookup_table(model))
+    share_step(step, world)
     _say_what_is_slow(step, strategy.device, say)
     return Workbench(
         step=step,
