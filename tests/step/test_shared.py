@@ -22,15 +22,21 @@ SHAPES = {"matrix": (50, 37), "small": (30,), "sometimes": (10, 64), "never": (8
 STEPS = 3
 
 
+class Bare(nn.ParameterDict):
+    """A model that is nothing but parameters."""
+
+    def get_input_embeddings(self) -> None:
+        """It has none."""
+
+
 def made(mode: str, optimizer: str) -> tuple[TrainStep, dict[str, nn.Parameter]]:
-    """A step whose model is nothing but parameters."""
+    """A step, and its parameters."""
     generator = torch.Generator().manual_seed(0)
     parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
     precision, job = Precision.of(mode), TrainingJob(optimizer=optimizer, weight_decay=0.1)  # type: ignore[arg-type]
     precision.cast_trained(parameters)
     made_by = make_optimizer(parameters, job, masters=precision.masters)
-    model = nn.ParameterDict(parameters)
-    return TrainStep(model, parameters, made_by, precision=precision, device_kind="cpu", clip_norm=0.5), parameters
+    return TrainStep(Bare(parameters), parameters, made_by, precision=precision, device_kind="cpu", clip_norm=0.5), parameters
 
 
 def gradient(rank: int, step: int, name: str) -> Tensor | None:
