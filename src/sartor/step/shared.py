@@ -151,7 +151,8 @@ class SharedGradients:
     def state(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """The optimizer's state of a whole parameter, as one process would have it. For the first process, between steps."""
         part = self._of[parameter]
-        own = optimizer.state[part.shard]  # the first process has a part of every parameter
+        assert part.shard is not None, "the first process has a part of every parameter"
+        own = optimizer.state[part.shard]
         step = {"step": own["step"]} if "step" in own and float(own["step"]) else {}
         return step | {key: value for key, value in part.whole.items() if step or key in part.first}
 
@@ -276,7 +277,7 @@ def shared_memory(world: World, size_bytes: int) -> Tensor | None:
         if world.leads:
             made = stack.enter_context(_made(size_bytes))
         told = world.lead(made)
-        found = None if told is None else _mapped(*told, size_bytes)
+        found = None if told is None else _mapped(told, size_bytes)
         (missing,) = world.sum(float(found is None))
     return None if missing else found
 
@@ -297,8 +298,9 @@ def _made(size_bytes: int) -> Iterator[tuple[int, int, str] | None]:
         os.close(file)
 
 
-def _mapped(process: int, number: int, name: str, size_bytes: int) -> Tensor | None:
-    """The file of that name; None where it is not here: its process may be on another machine, or in another container."""
+def _mapped(told: tuple[int, int, str], size_bytes: int) -> Tensor | None:
+    """The file that `_made` tells of; None where it is not here: its process may be on another machine, or in another container."""
+    process, number, name = told
     path = Path(f"/proc/{process}/fd/{number}")
     try:
         if name not in str(path.readlink()):
