@@ -144,7 +144,7 @@ def leftovers(rank: int) -> int:
     World(rank, 2).sum(0.0)
     assert memory[:2].tolist() == [1, 1]
     del memory
-    gc.collect()  # what earlier steps shared is part of cycles
+    gc.collect()
     return sum("sartor-" in str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
 
 

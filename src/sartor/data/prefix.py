@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def branches(samples: TokenSet, row: Sequence[int]) -> list[Branch]:
         return [Branch(length=0, members=(index,)) for index in row]
     heads = [(_head(samples, index), index) for index in row]
     heads.sort(key=lambda head: (head[0].astype(">i4").tobytes(), head[1]))
-    alike = [_alike(one, other) for (one, _), (other, _) in zip(heads, heads[1:], strict=False)]
+    alike = [_alike(one, other) for (one, _), (other, _) in pairwise(heads)]
     # saved[n]: tokens spared among the first n examples at most; start[n]: where the last branch of these begins
     saved, start = [0], [0]
     for end in range(1, len(heads) + 1):

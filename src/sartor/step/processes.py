@@ -6,7 +6,8 @@ the last backward pass, in an order that is the same everywhere: backwards throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -66,6 +67,18 @@ class World:
         return values[0]
 
 
+def when_ready(parameter: nn.Parameter, method: Callable[[Tensor], None]) -> None:
+    """Call a method whenever a gradient was added up, for as long as its object lives. (Python's collector cannot see that a
+    parameter holds its hooks: one that held the object, which holds parameters, would keep both for good.)"""
+    known = weakref.WeakMethod(method)
+
+    def call(ready: Tensor) -> None:
+        if (own := known()) is not None:
+            own(ready)
+
+    parameter.register_post_accumulate_grad_hook(call)
+
+
 def lookup_table(model: nn.Module) -> nn.Parameter | None:
     """The trained weight that input tokens are looked up in, where nothing else is computed with it."""
     layer = model.get_input_embeddings()  # type: ignore[operator]
@@ -91,7 +104,7 @@ class GradientSum:
         self._sent: list[tuple[Tensor, Tensor, Any]] = []
         self._counting = False
         for parameter in self._large:
-            parameter.register_post_accumulate_grad_hook(self._note)
+            when_ready(parameter, self._note)
 
     def expect(self, tokens: Tensor) -> None:
         """The step that comes has these tokens, in all processes together."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sartor.kernels.adam import MasterAdamW
-from sartor.step.processes import World
+from sartor.step.processes import World, when_ready
 
 PAGE = 4096
 """Bytes at whose multiples a parameter's memory begins: pages are where they were touched first."""
@@ -80,7 +80,7 @@ class SharedGradients:
             start = set(optimizer.state.get(parameter, {}))
             self._parts.append(_Part(parameter=parameter, bounds=bounds, offset=end, shard=shard, first=start))
             end += _pages(parameter.numel() * _WIDEST)
-            parameter.register_post_accumulate_grad_hook(self._keep)
+            when_ready(parameter, self._keep)
         self._gradient_bytes, states = end, end * world.size
         self._of = {part.parameter: part for part in self._parts}
         for part in self._parts:
@@ -299,7 +299,7 @@ def _made(size_bytes: int) -> Iterator[tuple[int, int, str] | None]:
 
 
 def _mapped(told: tuple[int, int, str], size_bytes: int) -> Tensor | None:
-    """The file that `_made` tells of; None where it is not here: its process may be on another machine, or in another container."""
+    """The file that `_made` tells of; None where it is not here: its process may be on another machine or in another container."""
     process, number, name = told
     path = Path(f"/proc/{process}/fd/{number}")
     try:
