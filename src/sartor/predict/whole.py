@@ -22,7 +22,7 @@ from sartor.predict.repeat import NotRepeatable, expand
 from sartor.predict.target import Target
 from sartor.predict.trace import trace_steps
 from sartor.predict.world import fake_world
-from sartor.step import Precision, SharedGradients, TrainStep, World, make_step, make_trainable
+from sartor.step import Precision, TrainStep, first_of, make_step, make_trainable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,10 +71,9 @@ def trace_job(
             parallelise(model, mesh, layout)
 
         def step_of(fake: nn.Module) -> TrainStep:
-            step = make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind)
-            if processes > 1:
-                step.shared = SharedGradients(step.parameters, step.optimizer, World(0, processes), None)
-            return step
+            return first_of(
+                make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind), processes
+            )
 
         with ring:
             ledger = trace_steps(

@@ -7,7 +7,7 @@ from sartor.step.packing import cannot_pack, mixes_examples
 from sartor.step.precision import FAST_BF16, Precision
 from sartor.step.processes import GradientSum, World
 from sartor.step.shared import SharedGradients
-from sartor.step.step import Gradients, TrainStep, share_step
+from sartor.step.step import Gradients, TrainStep, first_of, share_step
 
 __all__ = [
     "FAST_BF16",
@@ -20,6 +20,7 @@ __all__ = [
     "TrainStep",
     "World",
     "cannot_pack",
+    "first_of",
     "learning_rate",
     "make_step",
     "make_trainable",

@@ -299,7 +299,7 @@ def _made(size_bytes: int) -> Iterator[tuple[int, int, str] | None]:
 
 
 def _mapped(told: tuple[int, int, str], size_bytes: int) -> Tensor | None:
-    """The file that `_made` tells of; None where it is not here: its process may be on another machine or in another container."""
+    """The file that `_made` tells of; None where it is not here: its process may be on another machine, or in a container."""
     process, number, name = told
     path = Path(f"/proc/{process}/fd/{number}")
     try:

@@ -139,6 +139,13 @@ def share_step(step: TrainStep, world: World) -> None:
         step.shared = SharedGradients(step.parameters, step.optimizer, world, memory)
 
 
+def first_of(step: TrainStep, processes: int) -> TrainStep:
+    """The step as the first of so many processes on a machine has it, to be traced."""
+    if processes > 1:
+        step.shared = SharedGradients(step.parameters, step.optimizer, World(0, processes), None)
+    return step
+
+
 def enable_recompute(model: nn.Module) -> None:
     """Drop activations in forward and compute them again in backward, block by block (transformers' own support)."""
     # transformers renamed it in 5.2x; 5.17 knows the old name only.
