@@ -82,7 +82,10 @@ def train(what: Plan | JobLike, *, resume: str | None = None, observers: Sequenc
     before, after = judge.exact_match()
     run = dataclasses.replace(run, answers=judge.answers, exact_match_before=before, exact_match_after=after)
     run.save()
-    write_report(chosen, run, read_metrics(Path(run.folder)), Path(run.folder) / "report.html")
+    from sartor.placement.timeline import Timeline
+
+    folder = Path(run.folder)
+    write_report(chosen, run, read_metrics(folder), folder / "report.html", timeline=Timeline.read(folder))
     return run
 
 

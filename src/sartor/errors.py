@@ -55,6 +55,10 @@ class RunError(SartorError):
     """Training, saving or resuming failed; whatever was saved before stays intact."""
 
 
+class StorageError(RunError):
+    """The disk that holds a part of the model did not do its part. What is in memory cannot be relied on."""
+
+
 class Interrupted(SartorError):
     """A signal asked the run to stop; it finished its step and saved. `exit_code` is 128 + the signal's number."""
 

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from sartor.errors import RunError
-from sartor.placement.chunk import Chunk, Gauge, IllegalTransition
+from sartor.errors import RunError, StorageError
+from sartor.placement.chunk import Change, Chunk, Gauge, IllegalTransition
 from sartor.placement.tiers import DiskTier, Mover, in_memory
 
 
 def chunk_of(tmp_path: Path, size: int = 5000) -> tuple[Chunk, torch.Tensor]:
     tensor = torch.arange(size, dtype=torch.float32)
-    chunk = Chunk("block weights", DiskTier(tmp_path), Mover(), Gauge(watch=True))
+    chunk = Chunk("block weights", DiskTier(tmp_path), Mover(), Gauge())
     chunk.adopt([tensor])
     return chunk, tensor
 
 
 def test_what_was_stored_comes_back_into_the_same_tensor(tmp_path: Path) -> None:
     chunk, tensor = chunk_of(tmp_path, 3_000_001)  # more than one span, and no whole number of pages
+    changes: list[Change] = []
+    chunk._gauge.say = changes.append
     view = tensor[2:].view(1, -1)
     chunk.store()
     chunk._mover.settle()
@@ -30,7 +32,8 @@ def test_what_was_stored_comes_back_into_the_same_tensor(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir()), "the file has no name"
     chunk.hold()
     assert torch.equal(view[0], torch.arange(2, 3_000_001, dtype=torch.float32))
-    assert [change.state for change in chunk._gauge.changes] == ["hold", "leaving", "free", "coming", "hold"]
+    assert [change.state for change in changes] == ["leaving", "free", "coming", "hold"]
+    assert "11.4 MiB" in changes[-1].describe()
 
 
 def test_what_is_wanted_again_while_it_leaves_stays(tmp_path: Path) -> None:
@@ -62,6 +65,24 @@ def test_a_disk_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         chunk._mover.settle()
     assert words in str(caught.value)
     assert "last checkpoint" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("damage", "words"), [("changed", "not what was written"), ("cut", "bytes came back")])
+def test_a_damaged_file_is_noticed(tmp_path: Path, damage: str, words: str) -> None:
+    chunk, _ = chunk_of(tmp_path)
+    chunk.store()
+    chunk._mover.settle()
+    assert isinstance(chunk.tier, DiskTier)
+    with Path(f"/proc/self/fd/{chunk.tier._descriptor}").open("r+b") as file:
+        if damage == "cut":
+            file.truncate(4096)
+        else:
+            file.seek(5000)
+            file.write(b"?")
+    with pytest.raises(StorageError, match=words) as caught:
+        chunk.hold()
+    assert "last checkpoint" in caught.value.remedy
+    assert chunk.state == "free"
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:

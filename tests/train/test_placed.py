@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from typing import Any
 import pytest
 
 import sartor
+from sartor.errors import DoesNotFit, StorageError
 from sartor.plan.table import Table
-from sartor.train import read_metrics
+from sartor.train import checkpoint, read_metrics
 
 
 def run(tree: dict[str, Any], folder: Path, **strategy: Any) -> tuple[Any, list[float]]:
@@ -82,13 +85,19 @@ print(json.dumps({**told, "room": room, "kept": kept, "disk": disk}))
 """A process of its own: what another holds is part of its forecast."""
 
 
-def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_path: Path) -> None:
-    """A machine with so little memory that the states alone are too much."""
-    config = {**json.loads((Path(job_tree["model"]) / "config.json").read_text()), "hidden_size": 512, "intermediate_size": 2048}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8, "head_dim": 128}))
+def widen(job_tree: dict[str, Any], tmp_path: Path, width: int) -> None:
+    """A model of random weights so large that its states are what takes memory."""
+    config = {**json.loads((Path(job_tree["model"]) / "config.json").read_text()), "hidden_size": width}
+    config |= {"intermediate_size": 4 * width, "num_hidden_layers": 8, "head_dim": width // 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     job_tree["model"] = {"path": str(tmp_path / "config.json"), "tokenizer": job_tree["model"]}
     job_tree |= {"precision": "float32"}
     job_tree["strategy"] = {"micro_batch": 4, "recompute": "none"}
+
+
+def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    """A machine with so little memory that the states alone are too much."""
+    widen(job_tree, tmp_path, 512)
     done = subprocess.run([sys.executable, "-c", _PLANNED, json.dumps(job_tree)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -97,3 +106,40 @@ def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_
     assert told["kept"], "what fits stays"
     assert "on disk" in told["words"]
     assert told["disk"][0] == told["disk"][1] > 0
+
+
+class Full(sartor.Observer):
+    """After the fourth step, no file may be longer than this."""
+
+    def stepped(self, record: Any) -> None:
+        if record.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_fails_leaves_the_last_checkpoint_intact(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"] |= {"save_every": 3}
+    _, wanted = run(job_tree, tmp_path / "plain")
+    job_tree |= {"output": str(tmp_path / "run"), "strategy": {"micro_batch": 4, "placement": "disk"}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match="could not write") as caught:
+            sartor.train(job_tree, observers=[Full()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit -f" in caught.value.remedy
+    assert checkpoint.check(tmp_path / "run/checkpoint-3") == ""
+    assert not (tmp_path / "run/checkpoint-4").exists()
+    sartor.train(job_tree, resume="latest")
+    assert [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line] == wanted
+
+
+def test_where_not_even_the_disk_is_enough_the_plan_says_what_is(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    widen(job_tree, tmp_path, 64)
+    job_tree |= {"precision": "bf16", "strategy": {"micro_batch": 1, "recompute": "full"}}
+    job_tree["machine"]["host_memory"] = "64MiB"
+    with pytest.raises(DoesNotFit, match="with everything on disk") as caught:
+        sartor.plan(job_tree)
+    named = re.search(r"machine.host_memory=(\d+)MiB", caught.value.remedy)
+    assert named is not None
+    job_tree["machine"]["host_memory"] = f"{1.2 * int(named[1])}MiB"  # what the process holds has grown since
+    assert sartor.plan(job_tree).forecast.verdict in ("fits", "tight")

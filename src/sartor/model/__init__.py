@@ -1,9 +1,9 @@
 """Models: where they come from, how they are built, what they are made of."""
 
 from sartor.model.blocks import Anatomy, Stack, dissect
-from sartor.model.build import build, build_empty, check_trainable, skeleton
+from sartor.model.build import build, build_empty, build_lazily, check_trainable, skeleton
 from sartor.model.quantise import quantise_skeleton, weight_bytes
-from sartor.model.source import ModelSource, load_tokenizer, resolve
+from sartor.model.source import ModelSource, load_tokenizer, resolve, weights_folder
 
 __all__ = [
     "Anatomy",
@@ -11,6 +11,7 @@ __all__ = [
     "Stack",
     "build",
     "build_empty",
+    "build_lazily",
     "check_trainable",
     "dissect",
     "load_tokenizer",
@@ -18,4 +19,5 @@ __all__ = [
     "resolve",
     "skeleton",
     "weight_bytes",
+    "weights_folder",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from sartor.errors import ModelError
 from sartor.job.schema import QuantiseJob
 from sartor.kernels import attention as segments
+from sartor.model.lazy import LazyWeights
 from sartor.model.quantise import check_loadable, keep_trainable, loading_options
 from sartor.model.source import ModelSource, explain
 
@@ -71,6 +72,19 @@ def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str | Non
         model = _from_config(source, dtype, attention)
     model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def build_lazily(
+    source: ModelSource, *, dtype: torch.dtype, attention: str | None = None, seed: int = 0
+) -> tuple[nn.Module, LazyWeights]:
+    """The model that `build` makes from random weights, without the memory of its weights, and what fills them.
+
+    Raises ModelError.
+    """
+    _know(attention)
+    torch.manual_seed(seed)
+    with LazyWeights() as weights:
+        return _from_config(source, dtype, attention), weights
 
 
 def build(

@@ -60,6 +60,25 @@ def resolve(job: ModelJob) -> ModelSource:
     )
 
 
+def weights_folder(source: ModelSource) -> Path | None:
+    """The folder of a model's safetensors: its own, or the hub's cache, which is filled first. None where there is none."""
+    folder = Path(source.path)
+    if folder.is_dir():
+        return folder
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    maybe = {"revision": source.revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **maybe)
+        if index is not None:
+            get_checkpoint_shard_files(source.path, index, revision=source.revision)
+        file = index or cached_file(source.path, SAFE_WEIGHTS_NAME, **maybe)
+    except Exception as error:
+        raise explain(source.path, error) from error
+    return None if file is None else Path(file).parent
+
+
 def _check_weight_files(folder: Path) -> None:
     """Only safetensors are read: a pickle can run any code when it is opened."""
     if any(folder.glob("*.safetensors")):

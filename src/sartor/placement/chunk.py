@@ -8,7 +8,7 @@ have saved, are valid again. Transitions that are not listed raise IllegalTransi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sartor.job.units import format_bytes
+from sartor.placement import away
 from sartor.placement.tiers import Mover, Region, Tier
 
 
@@ -37,7 +39,7 @@ class State(StrEnum):
 
 _LEGAL = {
     State.FREE: {State.COMING, State.HOLD},
-    State.COMING: {State.HOLD},
+    State.COMING: {State.HOLD, State.FREE},
     State.HOLD: {State.COMPUTE, State.FREE, State.LEAVING},
     State.COMPUTE: {State.HOLD},
     State.LEAVING: {State.FREE, State.HOLD},
@@ -49,49 +51,63 @@ class IllegalTransition(RuntimeError):
 
 
 class Change(NamedTuple):
-    """An entry of the timeline."""
+    """A chunk has become something else."""
 
     seconds: float
+    """Since the engine was made."""
     chunk: str
     state: str
     device_bytes: int
 
+    def describe(self) -> str:
+        """A line of the debug mode."""
+        return f"{self.seconds:10.4f} s  {format_bytes(self.device_bytes):>10} on the device  {self.chunk}: {self.state}"
+
 
 @dataclass(kw_only=True)
 class Gauge:
-    """Bytes of all chunks that are on the device, their peak, and, if wanted, every change."""
+    """Bytes of all chunks that are on the device, their peak, and whom to tell."""
 
-    watch: bool = False
     limit: int | None = None
     """Nothing is fetched ahead beyond it, and what is needed at once waits for what is leaving."""
+    relieve: Callable[[], None] = lambda: None
+    """Called when the system refuses memory, before it is asked again."""
+    say: Callable[[Change], None] | None = None
+    """Called with every change of a chunk."""
+    level: Callable[[int], None] = lambda _: None
+    """Called with the bytes, whenever they change."""
     device_bytes: int = 0
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.changes: list[Change] = []
         self._start = time.perf_counter()
 
     def add(self, size: int) -> None:
         self.device_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+        self.level(self.device_bytes)
 
     def over(self, size: int) -> int:
         """By how much `size` more bytes would be too many."""
         return 0 if self.limit is None else max(self.device_bytes + size - self.limit, 0)
 
     def note(self, chunk: str, state: State) -> None:
-        if self.watch:
-            self.changes.append(Change(time.perf_counter() - self._start, chunk, state.value, self.device_bytes))
+        if self.say is not None:
+            self.say(Change(time.perf_counter() - self._start, chunk, state.value, self.device_bytes))
 
 
 class Chunk:
     """Tensors of one row and kind, whose home is on a lower tier."""
 
-    def __init__(self, name: str, tier: Tier, mover: Mover, gauge: Gauge) -> None:
-        self.name, self.tier, self._mover, self._gauge = name, tier, mover, gauge
+    def __init__(
+        self, name: str, tier: Tier, mover: Mover, gauge: Gauge, looked: Callable[[Sequence[Chunk]], None] | None = None
+    ) -> None:
+        """`looked`: brings chunks that somebody looks at while nothing computes with them; None: nobody can."""
+        self.name, self.tier, self._mover, self._gauge, self._looked = name, tier, mover, gauge, looked
         self.tensors: list[Tensor] = []
         self._regions: list[Region] = []
         self._copies: list[Future[None]] = []
+        self._dirty = False
         self.state = State.FREE
 
     @property
@@ -113,15 +129,18 @@ class Chunk:
             for region in regions:
                 self.tier.free(region)
             regions = [self.tier.allocate(_bytes(tensor)) for tensor in tensors]
-        self.tensors, self._regions = list(tensors), regions
+        self._release()
+        self.tensors, self._regions, self._dirty = list(tensors), regions, False
+        if self._looked is not None:
+            for tensor in self.tensors:
+                away.register(tensor, self)
         self._gauge.add(self.size - before)
         if not self.here:
             self._become(State.HOLD)
 
     def make_room(self, size: int) -> None:
         """Wait for what is leaving, until `size` bytes have room or nothing is left to wait for."""
-        over = self._gauge.over(size)
-        if over:
+        while (over := self._gauge.over(size)) and self._mover.leaving_bytes:  # what is wanted again has left the list, and stays
             self._mover.settle(max(self._mover.leaving_bytes - over, 0))
 
     def fetch(self, *, ahead: bool = False) -> None:
@@ -129,13 +148,28 @@ class Chunk:
         if self.state is not State.FREE or (ahead and self._gauge.over(self.size)):
             return
         self.make_room(self.size)
+        try:
+            self._allocate()
+        except (RuntimeError, MemoryError):
+            if ahead:
+                return
+            self._gauge.relieve()
+            self._allocate()
         self._gauge.add(self.size)
         self._become(State.COMING)
         for tensor, region in zip(self.tensors, self._regions, strict=True):
-            storage = tensor.untyped_storage()
-            storage.resize_(region.size)
             if region.size:
-                self._copies += self._mover.read(self.tier, region, storage.data_ptr())
+                self._copies += self._mover.read(self.tier, region, tensor.untyped_storage().data_ptr())
+
+    def _allocate(self) -> None:
+        """Memory for all tensors, or for none."""
+        try:
+            for tensor, region in zip(self.tensors, self._regions, strict=True):
+                tensor.untyped_storage().resize_(region.size)
+        except (RuntimeError, MemoryError):
+            for tensor in self.tensors:
+                tensor.untyped_storage().resize_(0)
+            raise
 
     def hold(self) -> None:
         """It is on the device when this returns. Raises RunError where it could not be read."""
@@ -146,9 +180,18 @@ class Chunk:
         self._become(State.HOLD)
 
     def _arrive(self) -> None:
+        """Wait for what is under way. Where it fails, what was coming is away again, and what was leaving has stayed."""
         copies, self._copies = self._copies, []
-        for copy in copies:
-            copy.result()
+        failed = next((error for error in [copy.exception() for copy in copies] if error is not None), None)
+        if failed is None:
+            return
+        if self.state is State.COMING:
+            self._become(State.FREE)
+            self._empty()
+        elif self.state is State.LEAVING:
+            self._become(State.HOLD)
+            self._dirty = True
+        raise failed
 
     def begin(self) -> None:
         """It is in use when this returns."""
@@ -161,15 +204,19 @@ class Chunk:
         self._become(State.HOLD)
 
     def drop(self) -> None:
-        """Free its memory: what its home has is the same."""
+        """Free its memory: what its home has is the same, or becomes it where somebody wrote to it."""
         if self.state is State.COMING:
             self.hold()
+        if self._dirty:
+            self.store()
+            return
         self._become(State.FREE)
         self._empty()
 
     def store(self) -> None:
         """Write it to its home, then free its memory."""
         self._become(State.LEAVING)
+        self._dirty = False
         copies: list[Future[None]] = []
         for tensor, region in zip(self.tensors, self._regions, strict=True):
             if region.size:
@@ -197,39 +244,60 @@ class Chunk:
         if self.here:
             self._become(State.FREE)
             self._gauge.add(-self.size)
+        self._dirty = False
+        self._release()
+
+    def _release(self) -> None:
+        if self._looked is not None:
+            for tensor in self.tensors:
+                away.forget(tensor)
         self.tensors = []
+
+    def leave_for_good(self) -> None:
+        """It is on the device, and its tensors are ordinary ones, when this returns."""
+        self.hold()
+        self._release()
+
+    def look(self, others: Sequence[Chunk]) -> None:
+        """It is on the device when this returns, and so are the others, until a pass or somebody who looks at something else."""
+        assert self._looked is not None, "only then its tensors know it"
+        self._looked((self, *others))
+
+    def changed(self) -> None:
+        """Somebody wrote to it, while it is on the device."""
+        self._dirty = True
 
     def _become(self, state: State) -> None:
         if state not in _LEGAL[self.state]:
             raise IllegalTransition(f"{self.name} is {self.state}, and cannot become {state}")
+        if self._looked is not None and State.COMPUTE in (state, self.state):
+            for tensor in self.tensors:
+                away.show(tensor) if state is State.COMPUTE else away.hide(tensor)
         self.state = state
         self._gauge.note(self.name, state)
 
 
 class Visits:
-    """Chunks that are brought because somebody looks at them: the last one stays until another one is looked at."""
+    """Chunks that are brought because somebody looks at them: they stay until others are looked at."""
 
     def __init__(self) -> None:
-        self._current: Chunk | None = None
-        self._changed = False
+        self._current: list[Chunk] = []
 
-    def hold(self, chunk: Chunk, *, changes: bool = False) -> None:
-        """The chunk is on the device when this returns, until the next call. `changes`: it will be changed."""
-        if chunk is not self._current:
-            self.leave()
+    def hold(self, *chunks: Chunk) -> None:
+        """The chunks are on the device when this returns, until others are wanted."""
+        if all(chunk in self._current or chunk.here for chunk in chunks):
+            return
+        self.leave()
+        for chunk in chunks:
             if not chunk.here:
                 chunk.hold()
-                self._current = chunk
-        self._changed |= changes
+                self._current.append(chunk)
 
     def leave(self) -> None:
         """Nobody looks any more."""
-        chunk, self._current, changed = self._current, None, self._changed
-        self._changed = False
-        if chunk is not None and chunk.state is State.HOLD:
-            if changed:
-                chunk.store()
-            else:
+        current, self._current = self._current, []
+        for chunk in current:
+            if chunk.state is State.HOLD:
                 chunk.drop()
 
 

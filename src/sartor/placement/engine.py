@@ -2,13 +2,14 @@
 
 Hooks on the modules of a row say when it is used in a forward pass; the gradient of its output says when in a backward pass. A
 row's backward pass is over when that of another row begins, or the whole pass ends: autograd runs the latest operators first. The
-row that followed last time is fetched while this one computes. The first forward pass runs under `Watch`: what touches weights
-outside of their row's use is brought as it is needed, and stays from then on.
+row that followed last time is fetched while this one computes. Weights that a pass reads outside of their row's use are brought
+when they are needed (`sartor.placement.away`), and stay from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from sartor.placement.activations import Activations
 from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
 from sartor.placement.fill import Fill
 from sartor.placement.gradients import AwayGradient
-from sartor.placement.live import LiveRow, Watch
+from sartor.placement.live import GradientTraffic, LiveRow
 from sartor.placement.tiers import Mover, Tier
+from sartor.placement.timeline import Recorder
 from sartor.plan.table import Table
 
 FORWARD, BACKWARD, LOOKUP = "forward", "backward", "lookup"
@@ -44,24 +46,27 @@ class Engine:
         fill: Fill | None = None,
         limit: int | None = None,
         update_limit: int | None = None,
-        watch: bool = False,
+        debug: Callable[[str], None] | None = None,
     ) -> None:
         """Moves what the table places elsewhere to its tier, row after row. `fill`: for a model on the meta device, gives the
         parameters of a row their values. `limit`: bytes of what moves that may be on the device at once; `update_limit`: in an
-        update, if that differs. `watch`: keep a timeline."""
+        update, if that differs. `debug`: is told of every coming and going."""
         self.model, self.table, self.tiers, self._fill = model, table, dict(tiers), fill
-        self._limits = limit, limit if update_limit is None else update_limit
+        self._limits: tuple[int | None, ...] = limit, limit if update_limit is None else update_limit
         self.visits = Visits()
-        self.mover, self.gauge = Mover(), Gauge(watch=watch, limit=limit)
+        self.shortages = 0
+        """How often memory ran out while something was brought, and less was fetched ahead from then on."""
+        self.recorder = Recorder(self.tiers)
+        self.mover = Mover(note=self.recorder.span)
+        self.gauge = Gauge(limit=limit, relieve=self._relieve, level=self.recorder.level)
+        if debug is not None:
+            self.gauge.say = lambda change: debug(change.describe())
         self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
         self.activations = Activations(self.mover, self.tiers)
-        self.measure: Callable[[Tensor], Any] | None = None
-        """Applied to every gradient that leaves, and kept with it: its norm, in the last micro-batch of a step."""
+        self.gradients = GradientTraffic(self.mover, self.gauge, self.visits)
         self._owner: dict[int, LiveRow] = {}
         self._backward: LiveRow | None = None
-        self._in_backward = False
-        self._warm = False
-        self._watch: Watch | None = None
+        self._in_forward = self._in_backward = False
         self._last: tuple[str, LiveRow] | None = None
         self._next: dict[tuple[str, LiveRow], tuple[str, LiveRow]] = {}
         self._handles: list[Any] = []
@@ -70,20 +75,24 @@ class Engine:
         for live in self.rows:
             self._settle_in(live)
         if fill is not None:
-            fill({name: parameter for name, parameter in model.named_parameters() if parameter.is_meta})
+            placed = {id(parameter) for live in self.rows for parameter in live.row.parameters.values()}
+            fill({name: parameter for name, parameter in model.named_parameters() if id(parameter) not in placed})
         self.mover.settle()
         give_back_freed_memory()
         self._attach()
 
     # -- where things live
 
-    def chunk(self, live: LiveRow, kind: str) -> Chunk | None:
+    def _chunk(self, live: LiveRow, kind: str) -> Chunk | None:
         """A new chunk of a row; None where its table keeps the kind on the device."""
         place = getattr(live.places, kind)
-        return None if place == "device" else Chunk(f"{live.name} {kind}", self.tiers[place], self.mover, self.gauge)
+        if place == "device":
+            return None
+        looked = None if kind == "gradients" else self._looked
+        return Chunk(f"{live.name} {kind}", self.tiers[place], self.mover, self.gauge, looked)
 
     def _settle_in(self, live: LiveRow) -> None:
-        live.weights, live.gradients, live.state = (self.chunk(live, kind) for kind in ("weights", "gradients", "state"))
+        live.gradients, live.state = self._chunk(live, "gradients"), self._chunk(live, "state")
         if self._fill is not None:
             self._fill(live.row.parameters)
         residuals = [vars(parameter)[RESIDUAL] for parameter in live.trained if RESIDUAL in vars(parameter)]
@@ -91,6 +100,11 @@ class Engine:
             live.state.adopt(residuals)
             live.state.store()
             self.mover.settle(live.state.size)
+        self._send_weights(live)
+
+    def _send_weights(self, live: LiveRow) -> None:
+        """For the first time, where they live elsewhere."""
+        live.weights = self._chunk(live, "weights")
         if live.weights is None:
             return
         for parameter in live.row.parameters.values():
@@ -100,6 +114,37 @@ class Engine:
         live.weights.store()
         self.mover.settle(live.weights.size)
 
+    def rearrange(self, table: Table, *, limit: int | None, update_limit: int | None) -> None:
+        """From here on, what another table sends elsewhere lives there. Nothing comes back that is away. A step that is under way
+        is given up; state moves when the optimizer's keeper is told (`StreamedOptimizer.rearranged`)."""
+        self.reset()
+        self.table, self._limits = table, (limit, update_limit)
+        self.gauge.limit = limit
+        self._next.clear()
+        for live in self.rows:
+            moved, live.places = live.places, table.row(live.name)
+            if live.gradients is None:
+                live.gradients = self._chunk(live, "gradients")
+            if live.state is None:
+                live.state = self._chunk(live, "state")
+            if live.weights is None:
+                self._send_weights(live)
+            if moved.stays and not live.places.stays:
+                self._hook(live)
+        self.mover.settle()
+        give_back_freed_memory()
+
+    def _relieve(self) -> None:
+        """Memory has run out: what was fetched ahead goes, and what is leaving is waited for. From here on, nothing is fetched
+        ahead beyond what is there now."""
+        self.shortages += 1
+        self.mover.settle()
+        busy = [live for live in self.rows if live is self._backward or live.uses]
+        self.tidy(busy)
+        give_back_freed_memory()
+        now = self.gauge.limit = self.gauge.device_bytes
+        self._limits = tuple(now if limit is None else min(limit, now) for limit in self._limits)
+
     @property
     def moving(self) -> list[LiveRow]:
         """Rows of which something moves."""
@@ -108,18 +153,17 @@ class Engine:
     # -- hooks
 
     def _attach(self) -> None:
-        def hook(handle: Any) -> None:
-            self._handles.append(handle)
-
         self.follow(self.model)
         for live in self.moving:
-            for module in live.row.modules:
-                hook(module.register_forward_pre_hook(lambda *_, live=live: self._before_forward(live), prepend=True))
-                hook(
-                    module.register_forward_hook(
-                        lambda module, _, output, live=live: self._after_forward(live, module, output), prepend=True
-                    )
-                )
+            self._hook(live)
+
+    def _hook(self, live: LiveRow) -> None:
+        """Its modules say when they are called."""
+        for module in live.row.modules:
+            self._handles += (
+                module.register_forward_pre_hook(lambda *_: self._before_forward(live), prepend=True),
+                module.register_forward_hook(lambda module, _, output: self._after_forward(live, module, output), prepend=True),
+            )
 
     def follow(self, model: nn.Module) -> None:
         """Calls of this module are forward passes: of the model, or of what wraps it."""
@@ -148,15 +192,16 @@ class Engine:
         self._handles.clear()
         self.end_forward()
         self.gauge.limit = None
+        self.visits.leave()
         for live in self.rows:
             if live.weights is not None:
-                live.weights.hold()
+                live.weights.leave_for_good()
             if live.gradients is not None:
                 for parameter in live.trained:
                     if isinstance(parameter.grad, AwayGradient):
                         parameter.grad = None
             if live.state is not None and live.state.tensors:
-                live.state.hold()
+                live.state.leave_for_good()
         self.close()
 
     def close(self) -> None:
@@ -170,18 +215,14 @@ class Engine:
             return
         self.end_forward()
         self.visits.leave()
+        self._in_forward = True
         self.activations.enter(self)
-        if not self._warm and self._watch is None:
-            self._watch = Watch(self.touched)
-            self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _after_model(self) -> None:
         if self._in_backward:
             return
+        self._in_forward = False
         self.activations.leave()
-        watch, self._watch, self._warm = self._watch, None, True
-        if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def end_forward(self) -> None:
         """Rows that a forward pass began and did not end, since it stopped at the head, are not in use any more."""
@@ -199,12 +240,14 @@ class Engine:
         self.tidy((live,))
         if live.weights is not None:
             live.weights.begin()
+        live.since = time.perf_counter()
         self._follow(FORWARD, live)
 
     def _after_forward(self, live: LiveRow, module: nn.Module, output: Any) -> None:
         if self._in_backward:
             return
         live.uses = max(live.uses - 1, 0)
+        self.recorder.span("compute", f"{live.name}, forward", live.since)
         if torch.is_grad_enabled():
             outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             phase = LOOKUP if isinstance(module, nn.Embedding) else BACKWARD
@@ -237,80 +280,47 @@ class Engine:
             self.visits.leave()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             for other in self.rows:  # of a head that was computed with the loss
-                self.send_gradients(other)
+                self.gradients.send(other)
         self._finish_backward()
         self._backward = live
         self.tidy((live,))
         if live.weights is not None and phase == BACKWARD:
             live.weights.begin()
-        self.bring_gradients(live)
+        self.gradients.bring(live)
+        live.since = time.perf_counter()
         self._follow(phase, live)
-
-    def bring_gradients(self, live: LiveRow) -> None:
-        """Gradients of earlier micro-batches, to be added to."""
-        if live.gradients is None:
-            return
-        away = [parameter for parameter in live.trained if isinstance(parameter.grad, AwayGradient)]
-        if away:
-            live.gradients.hold()
-        else:
-            live.expected = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in live.trained)
-            live.gradients.make_room(live.expected)
-            self.gauge.add(live.expected)
-        for parameter in away:
-            parameter.grad = parameter.grad.held  # type: ignore[union-attr]
 
     def _finish_backward(self) -> None:
         live, self._backward = self._backward, None
         if live is None:
             return
+        self.recorder.span("compute", f"{live.name}, backward", live.since)
         if live.weights is not None and live.weights.state is State.COMPUTE:
             live.weights.end()
-        self.send_gradients(live)
+        self.gradients.send(live)
         self._let_go(live)
-
-    def send_gradients(self, live: LiveRow) -> None:
-        """Write the gradients that are on the device to where they live."""
-        chunk = live.gradients
-        self.gauge.add(-live.expected)
-        live.expected = 0
-        real = {p: p.grad for p in live.trained if p.grad is not None and not isinstance(p.grad, AwayGradient)}
-        if chunk is None or not real:
-            return
-        for parameter in live.trained:
-            if isinstance(parameter.grad, AwayGradient):  # some came late: all leave together
-                chunk.hold()
-                real[parameter] = parameter.grad.held
-        gradients = {p: own_storage(real[p]) for p in live.trained if p in real}
-        norms = [None if self.measure is None else self.measure(gradient) for gradient in gradients.values()]
-        chunk.adopt(list(gradients.values()))
-        for (parameter, gradient), norm in zip(gradients.items(), norms, strict=True):
-            parameter.grad = AwayGradient(chunk, self.visits, gradient, norm)
-        del real, gradients
-        chunk.store()
-        self.mover.settle(chunk.size)
 
     def _end_backward(self) -> None:
         self._finish_backward()
         self._in_backward = False
         for live in self.rows:  # gradients that came when their row's pass was taken to be over
-            self.send_gradients(live)
+            self.gradients.send(live)
 
     def reset(self) -> None:
         """Nothing is under way any more: after a step that failed. Gradients are let go."""
-        self._in_backward, self._backward = False, None
+        self._in_forward, self._in_backward, self._backward = False, False, None
         self.visits.leave()
         self.activations.leave()
         self.end_forward()
         for live in self.rows:
-            self.gauge.add(-live.expected)
-            live.expected = 0
-            if live.gradients is not None:
-                for parameter in live.trained:
-                    parameter.grad = None
-                live.gradients.forget()
+            self.gradients.discard(live)
             if live.weights is not None and live.weights.state is State.COMPUTE:
                 live.weights.end()
+
+    def clear(self) -> None:
+        """After `reset`: nothing that moves is on the device any more."""
+        self.mover.settle()
+        self.tidy(())
 
     # -- prefetch
 
@@ -335,8 +345,9 @@ class Engine:
                 continue
             if live.weights is not None and live.weights.state in (State.HOLD, State.COMING):
                 live.weights.drop()
-            if live.gradients is not None and live.gradients.state is State.COMING:
-                live.gradients.drop()
+            for chunk in (live.gradients, live.state):
+                if chunk is not None and chunk.state is State.COMING:
+                    chunk.drop()
 
     def _expect(self, phase: str, live: LiveRow) -> None:
         """Begin to bring what a row will need."""
@@ -355,6 +366,17 @@ class Engine:
         if live.weights is not None:
             live.weights.hold()
 
+    def _looked(self, chunks: Sequence[Chunk]) -> None:
+        """Weights or state are read where nothing announced it: brought for a moment, or in a pass, for good."""
+        if not (self._in_forward or self._in_backward):
+            self.visits.hold(*chunks)
+            return
+        for live in self.rows:
+            if live.weights in chunks:
+                live.pinned = True
+        for chunk in chunks:
+            chunk.hold()
+
     def touched(self, tensor: Tensor) -> LiveRow | None:
         """The row whose weights this tensor is a view of."""
         return self._owner.get(tensor.untyped_storage()._cdata)
@@ -369,16 +391,3 @@ class Engine:
         finally:
             if absent and live.weights is not None:
                 live.weights.drop()
-
-    @contextlib.contextmanager
-    def head(self) -> Iterator[None]:
-        """The weights of the model's head are on the device in this context, whoever calls it."""
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None  # type: ignore[operator]
-        live = next((live for live in self.rows if head in live.row.modules), None)
-        if live is None:
-            yield
-            return
-        live.pinned, before = True, live.pinned
-        with self.gathered(live):
-            yield
-            live.pinned = before

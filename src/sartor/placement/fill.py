@@ -10,6 +10,7 @@ from torch import nn
 
 from sartor.errors import ModelError
 from sartor.kernels.adam import RESIDUAL, split
+from sartor.model.lazy import LazyWeights
 from sartor.model.weights import WeightFiles
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]
@@ -44,6 +45,22 @@ def from_folder(folder: Path, model: nn.Module, *, masters: bool = False) -> Fil
                 put(parameter, values)
                 if residual is not None:
                     setattr(parameter, RESIDUAL, residual)
+
+    return fill
+
+
+def from_random(weights: LazyWeights, *, masters: bool = False) -> Fill:
+    """Values that were noted when the model was made. `masters`: as above, for all parameters."""
+    done: set[int] = set()
+
+    def fill(parameters: Mapping[str, nn.Parameter]) -> None:
+        for parameter in parameters.values():
+            weights.fill(parameter)
+            if masters and id(parameter) not in done:
+                values, residual = split(parameter.data)
+                put(parameter, values)
+                setattr(parameter, RESIDUAL, residual)
+            done.add(id(parameter))
 
     return fill
 

@@ -53,11 +53,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """An operator on gradients that are brought for it."""
     changes = func._schema.is_mutable
     first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, AwayGradient):
-            leaf.visits.hold(leaf.home, changes=changes and leaf is first)
+    away = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, AwayGradient)]
+    away[0].visits.hold(*(leaf.home for leaf in away))
     if changes and isinstance(first, AwayGradient):
         first.known_norm = None
+        first.home.changed()
     real_args, real_kwargs = pytree.tree_map_only(AwayGradient, lambda away: away.held, (args, kwargs))
     result = func(*real_args, **real_kwargs)
     return first if isinstance(first, AwayGradient) and result is first.held else result

@@ -1,18 +1,16 @@
-"""Rows that live: where their chunks are, and what watches over the first forward pass."""
+"""Rows that live: where their chunks are, and how their gradients come and go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.model.rows import Row
-from sartor.placement.chunk import Chunk
+from sartor.placement.chunk import Chunk, Gauge, Visits, own_storage
 from sartor.placement.gradients import AwayGradient
+from sartor.placement.tiers import Mover
 from sartor.plan.table import RowPlaces
 
 
@@ -25,6 +23,8 @@ class LiveRow:
         self.gradients: Chunk | None = None
         self.state: Chunk | None = None
         self.uses = 0
+        self.since = 0.0
+        """When it began to compute."""
         self.pinned = False
         """Weights stay: something reads them at times that nobody announces."""
         self.expected = 0
@@ -39,19 +39,54 @@ class LiveRow:
         return self.row.name
 
 
-class Watch(TorchDispatchMode):
-    """Brings weights that an operator reads while they are away."""
+class GradientTraffic:
+    """Brings the gradients of rows, and sends them away."""
 
-    def __init__(self, touched: Callable[[Tensor], LiveRow | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._touched = touched
+    def __init__(self, mover: Mover, gauge: Gauge, visits: Visits) -> None:
+        self._mover, self._gauge, self._visits = mover, gauge, visits
+        self.measure: Callable[[Tensor], Any] | None = None
+        """Applied to every gradient that leaves, and kept with it: its norm, in the last micro-batch of a step."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.detach.default:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and not isinstance(leaf, AwayGradient):
-                    live = self._touched(leaf)
-                    if live is not None and live.weights is not None and not live.weights.here:
-                        live.pinned = True
-                        live.weights.hold()
-        return func(*args, **(kwargs or {}))
+    def bring(self, live: LiveRow) -> None:
+        """Those of earlier micro-batches, to be added to."""
+        if live.gradients is None:
+            return
+        away = [parameter for parameter in live.trained if isinstance(parameter.grad, AwayGradient)]
+        if away:
+            live.gradients.hold()
+        else:
+            live.expected = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in live.trained)
+            live.gradients.make_room(live.expected)
+            self._gauge.add(live.expected)
+        for parameter in away:
+            parameter.grad = parameter.grad.held  # type: ignore[union-attr]
+
+    def send(self, live: LiveRow) -> None:
+        """Write those that are on the device to where they live."""
+        chunk = live.gradients
+        self._gauge.add(-live.expected)
+        live.expected = 0
+        real = {p: p.grad for p in live.trained if p.grad is not None and not isinstance(p.grad, AwayGradient)}
+        if chunk is None or not real:
+            return
+        for parameter in live.trained:
+            if isinstance(parameter.grad, AwayGradient):  # some came late: all leave together
+                chunk.hold()
+                real[parameter] = parameter.grad.held
+        gradients = {p: own_storage(real[p]) for p in live.trained if p in real}
+        norms = [None if self.measure is None else self.measure(gradient) for gradient in gradients.values()]
+        chunk.adopt(list(gradients.values()))
+        for (parameter, gradient), norm in zip(gradients.items(), norms, strict=True):
+            parameter.grad = AwayGradient(chunk, self._visits, gradient, norm)
+        del real, gradients
+        chunk.store()
+        self._mover.settle(chunk.size)
+
+    def discard(self, live: LiveRow) -> None:
+        """Let them go."""
+        self._gauge.add(-live.expected)
+        live.expected = 0
+        if live.gradients is not None:
+            for parameter in live.trained:
+                parameter.grad = None
+            live.gradients.forget()

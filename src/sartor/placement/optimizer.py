@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -19,9 +20,6 @@ from sartor.placement.chunk import Chunk, State, own_storage
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.live import LiveRow
-
-SMALLEST = 256
-"""State of fewer bytes (a step count) stays on the device."""
 
 
 def _stateless(live: LiveRow) -> bool:
@@ -35,10 +33,16 @@ class StreamedOptimizer:
     def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
         self._engine, self.optimizer = engine, optimizer
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        placed = {id(p) for live in engine.moving for p in live.trained}
+        self._staying: list[nn.Parameter] = []
+        self.rearranged()
+
+    def rearranged(self) -> None:
+        """Where things live has changed: what the optimizer keeps goes there."""
+        placed = {id(p) for live in self._engine.moving for p in live.trained}
         self._staying = [p for p in self._parameters if id(p) not in placed]
-        for live in engine.moving:  # what the optimizer keeps from the start
+        for live in self._engine.moving:
             self.keep_state(live)
+            self._engine.mover.settle()
 
     def step(self, before: Callable[[Sequence[Tensor]], None] | None = None, *, keep_gradients: bool = False) -> None:
         """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
@@ -102,7 +106,9 @@ class StreamedOptimizer:
         if follower is not None and not (_stateless(live) or _stateless(follower)):
             self._expect(follower, gradients)
         own = {p: gradients[p] for p in live.trained if p in gradients}
+        start = time.perf_counter()
         self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
+        self._engine.recorder.span("update", live.name, start)
         for chunk in chunks:
             chunk.end()
         if live.gradients is not None and live.gradients in chunks:
@@ -127,7 +133,7 @@ class StreamedOptimizer:
         for parameter in live.trained:
             state = self.optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= SMALLEST:
+                if isinstance(value, Tensor) and value.numel() > 1 and value.untyped_storage().nbytes():
                     state[key] = own_storage(value)
                     tensors.append(state[key])
         if tensors and not (chunk.state is State.FREE and chunk.tensors):
@@ -157,7 +163,7 @@ class StreamedOptimizer:
     @contextlib.contextmanager
     def gathered(self, live: LiveRow) -> Iterator[None]:
         """What the optimizer keeps of a row is on the device in this context; changes to it are lost."""
-        chunk = live.state if live.state is not None and live.state.tensors else None
+        chunk = live.state if live.state is not None and live.state.tensors and not live.state.here else None
         if chunk is not None:
             chunk.hold()
         try:

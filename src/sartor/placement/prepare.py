@@ -38,6 +38,7 @@ def prepare(
     folder: str | Path | None = None,
     weights: str | Path | None = None,
     activations: str = "device",
+    debug: bool = False,
 ) -> tuple[nn.Module, PlacedOptimizer]:
     """Place `model` and the state of `optimizer`, and return both for use in any training loop.
 
@@ -47,6 +48,7 @@ def prepare(
     `folder`: where the file of the disk tier is (without a name, gone with the process); default: the folder for temporary files.
     `weights`: a folder of safetensors for a model on the meta device: it is read row by row and never whole in memory.
     `activations`: where those of all rows live, `device`, `host` or `disk`.
+    `debug`: print every coming and going.
 
     Raises UsageError where not even moving everything keeps the budget, ModelError for weights that do not fit the model.
     """
@@ -58,7 +60,8 @@ def prepare(
     table = _table(sizes, policy, budget, lower, activations, rest)
     limit = None if budget is None else max(budget - rest - table.kept_bytes(sizes), 0)
     fill = None if weights is None else from_folder(Path(weights), model)
-    engine = Engine(model, rows, table, _tiers(table, sizes, folder), fill=fill, limit=limit)
+    tiers = _tiers(table, sizes, folder)
+    engine = Engine(model, rows, table, tiers, fill=fill, limit=limit, debug=print if debug else None)
     _guard_state(engine)
     placed = PlacedOptimizer(engine, optimizer)
     if sample is not None:
@@ -97,11 +100,13 @@ def _table(sizes: list[Sizes], policy: Policy, budget: int | None, lower: str, a
         )
     table = within(sizes, budget - rest, lower, activations=activations)  # type: ignore[arg-type]
     if table is None:
-        least = uniform(sizes, lower).least_bytes(sizes) + rest  # type: ignore[arg-type]
+        largest = max(sizes, key=lambda size: size.total)
+        least = largest.total + rest
         raise UsageError(
             f"weights, gradients and optimizer state do not fit in {format_bytes(budget)}",
-            why=f"with everything on the {lower} tier, what is worked on still takes {format_bytes(least)}",
-            remedy=f"a budget of at least {format_bytes(least)}",
+            why=f"with everything on the {lower} tier, those of {largest.name} are still together in memory for its update: "
+            f"{format_bytes(largest.total)}" + (f", and {format_bytes(rest)} that never go" if rest else ""),
+            remedy=f"budget={least} ({format_bytes(least)}) or more",
         )
     return table
 

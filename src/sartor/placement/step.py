@@ -12,7 +12,12 @@ from sartor.kernels.adam import MasterAdamW, norm_of_squares, square_sum
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.optimizer import StreamedOptimizer
+from sartor.placement.timeline import Timeline
+from sartor.plan.table import Table
 from sartor.step import TensorBatch, TrainStep
+
+RECORDED = 2
+"""Steps of which a timeline is made; the last of them is kept: from then on, they are alike."""
 
 
 class PlacedStep(TrainStep):
@@ -23,13 +28,21 @@ class PlacedStep(TrainStep):
         self.engine = engine
         self.streamed = StreamedOptimizer(engine, step.optimizer)
         self._coefficient: Tensor | None = None
+        self._steps = 0
+        self.timeline: Timeline | None = None
+        """Of the second step; of the first one where there is no other."""
         if step.model is not engine.model:
             engine.follow(step.model)
 
+    def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int, *, several: bool = False) -> list[Tensor]:
+        if self._steps < RECORDED:
+            self.engine.recorder.begin()
+        return super().accumulate(batches, trained_tokens, several=several)
+
     def micro_batch(self, batch: TensorBatch, trained_tokens: int, *, last: bool) -> Tensor:
-        self.engine.measure = self._norm_of if last else None
+        self.engine.gradients.measure = self._norm_of if last else None
         loss = super().micro_batch(batch, trained_tokens, last=last)
-        self.engine.measure = None
+        self.engine.gradients.measure = None
         return loss
 
     def clip(self) -> Tensor:
@@ -81,7 +94,30 @@ class PlacedStep(TrainStep):
         self.updating = True
         self.streamed.step(self._scale)
         self.updating = False
+        self._steps += 1
+        self.timeline = self.engine.recorder.end(self._kept_bytes()) or self.timeline
         self.discard()
+
+    def _kept_bytes(self) -> int:
+        """Of weights, gradients and optimizer state that stay on the device."""
+        moving = self.engine.moving
+        moved = {
+            kind: {id(p) for live in moving if getattr(live, kind) is not None for p in live.row.parameters.values()}
+            for kind in ("weights", "gradients", "state")
+        }
+        total = sum(p.nbytes for p in self.model.parameters() if id(p) not in moved["weights"])
+        for parameter in self.parameters.values():
+            if id(parameter) not in moved["gradients"]:
+                total += parameter.numel() * (parameter.grad_dtype or parameter.dtype).itemsize
+            if id(parameter) not in moved["state"]:
+                total += sum(v.nbytes for v in self.optimizer.state[parameter].values() if isinstance(v, Tensor))
+        return total
+
+    def rearrange(self, table: Table, *, limit: int, update_limit: int) -> None:
+        """Go on with less in memory; gradients are let go."""
+        self.discard()
+        self.engine.rearrange(table, limit=limit, update_limit=update_limit)
+        self.streamed.rearranged()
 
     def discard(self) -> None:
         self._coefficient = None

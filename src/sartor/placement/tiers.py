@@ -13,15 +13,17 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from sartor.errors import RunError
+from sartor.errors import RunError, StorageError
 from sartor.job.units import format_bytes
 from sartor.plan.table import SPAN, WORKERS
 
@@ -99,6 +101,7 @@ class DiskTier:
         self._folder = folder
         self._descriptor, self.direct = _open(folder)
         self._end = 0
+        self._sums: dict[int, tuple[int, int]] = {}
         self._holes: defaultdict[int, list[int]] = defaultdict(list)
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -152,12 +155,16 @@ class DiskTier:
                 raise _failed("read", self._folder, error) from error
             if got < count:
                 raise _failed("read", self._folder, OSError(errno.EIO, f"{got} of {count} bytes came back"))
+            known, wanted = self._sums.get(region.offset + start + first, (0, 0))
+            if known == count and _sum(buffer, count) != wanted:
+                raise _failed("read", self._folder, OSError(errno.EIO, "what came back is not what was written"))
             ctypes.memmove(address + first, place, count)
 
     def write(self, region: Region, start: int, size: int, address: int) -> None:
         buffer, place = self._staging()
         for first, count, taken in _spans(size):
             ctypes.memmove(place, address + first, count)
+            self._sums[region.offset + start + first] = count, _sum(buffer, count)
             try:
                 put = os.pwritev(self._descriptor, [buffer[:taken]], region.offset + start + first)
             except OSError as error:
@@ -170,7 +177,10 @@ class DiskTier:
     def _staging(self) -> tuple[memoryview, int]:
         """A buffer of the calling thread that starts on a page."""
         if not hasattr(self._local, "buffer"):
-            pages = mmap.mmap(-1, SPAN)
+            try:
+                pages = mmap.mmap(-1, SPAN)
+            except OSError as error:
+                raise MemoryError("can't allocate memory: a buffer between disk and memory") from error
             self._local.buffer = memoryview(pages)
             self._local.place = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         return self._local.buffer, self._local.place
@@ -179,6 +189,13 @@ class DiskTier:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _sum(buffer: memoryview, count: int) -> int:
+    """Of the first `count` bytes as numbers of 8 bytes each: other bytes have another sum."""
+    whole = count // 8
+    rest = int.from_bytes(buffer[8 * whole : count], "little")
+    return int(np.frombuffer(buffer, dtype=np.uint64, count=whole).sum(dtype=np.uint64)) + rest
 
 
 def _spans(size: int) -> Iterator[tuple[int, int, int]]:
@@ -218,14 +235,16 @@ def _open(folder: Path) -> tuple[int, bool]:
         raise _failed("open", folder, error) from error
 
 
-def _failed(deed: str, folder: Path, error: OSError) -> RunError:
+def _failed(deed: str, folder: Path, error: OSError) -> StorageError:
     """What a person is told when the disk does not do its part."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return RunError(
+    remedy = "free some space there, or point TMPDIR at a larger disk" if full else "point TMPDIR at another disk"
+    if error.errno == errno.EFBIG:
+        remedy = "raise the limit on the size of files (ulimit -f)"
+    return StorageError(
         f"could not {deed} the file in {folder} where the run keeps what does not fit in memory",
         why="the disk is full" if full else error.strerror or str(error),
-        remedy=("free some space there, or point TMPDIR at a larger disk" if full else "point TMPDIR at another disk")
-        + "; --resume goes on from the last checkpoint, which is intact",
+        remedy=f"{remedy}; --resume goes on from the last checkpoint, which is intact",
     )
 
 
@@ -236,7 +255,9 @@ def _rounded(size: int) -> int:
 class Mover:
     """Worker threads that copy, and what is under way to a lower tier."""
 
-    def __init__(self, *, workers: int = WORKERS) -> None:
+    def __init__(self, *, workers: int = WORKERS, note: Callable[[str, str, float], None] = lambda *_: None) -> None:
+        """`note`: is told of every copy, by the name of its stream and when it began."""
+        self._note = note
         self._readers = ThreadPoolExecutor(workers, "sartor-read")
         self._writers = ThreadPoolExecutor(workers, "sartor-write")
         self._leaving: deque[tuple[list[Future[None]], int, Callable[[], None]]] = deque()
@@ -245,17 +266,22 @@ class Mover:
 
     def read(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
         self.read_bytes += region.size
-        return self._spread(self._readers, tier.read, region, address)
+        return self._spread("fetch", self._readers, tier.read, region, address)
 
     def write(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
         self.written_bytes += region.size
-        return self._spread(self._writers, tier.write, region, address)
+        return self._spread("write back", self._writers, tier.write, region, address)
 
     def _spread(
-        self, pool: ThreadPoolExecutor, copy: Callable[[Region, int, int, int], None], region: Region, address: int
+        self, stream: str, pool: ThreadPoolExecutor, copy: Callable[[Region, int, int, int], None], region: Region, address: int
     ) -> list[Future[None]]:
+        def timed(*what: Any) -> None:
+            start = time.perf_counter()
+            copy(*what)
+            self._note(stream, "", start)
+
         return [
-            pool.submit(copy, region, first, min(SPAN, region.size - first), address + first)
+            pool.submit(timed, region, first, min(SPAN, region.size - first), address + first)
             for first in range(0, region.size, SPAN)
         ]
 

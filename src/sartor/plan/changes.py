@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from sartor.errors import DoesNotFit
@@ -10,6 +11,7 @@ from sartor.job.schema import QuantiseJob
 from sartor.job.units import format_bytes
 from sartor.methods import traits
 from sartor.plan.forecast import forecast_of
+from sartor.plan.placed import Shortfall
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
@@ -19,16 +21,24 @@ Change = tuple[str, Setting, Strategy]
 """What to write, and what is then run."""
 
 
-def does_not_fit(setting: Setting, smallest: Strategy, forecast: MemoryForecast) -> DoesNotFit:
-    """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried."""
+def does_not_fit(
+    setting: Setting, smallest: Strategy, forecast: MemoryForecast, shortfall: Shortfall | None = None
+) -> DoesNotFit:
+    """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried. `shortfall`:
+    what is missing with everything on disk."""
     helps = [
         f"{words}: {_room(changed, forecast.process_bytes)}"
         for words, changed in _forecasts(setting, smallest)
         if changed.verdict in ("fits", "tight")
     ]
+    why = f"the smallest strategy tried is: {smallest.describe()}"
+    if shortfall is not None:
+        alone = f"{shortfall.row} alone takes {format_bytes(shortfall.row_bytes)} while it is updated"
+        why += f"; with everything on disk, {alone}"
+        helps.append(f"machine.host_memory={math.ceil(shortfall.memory_bytes / 2**20)}MiB, where this machine has that much")
     return DoesNotFit(
         f"this job does not fit on {setting.machine.device.torch_name}: it {forecast.reason}",
-        why=f"the smallest strategy tried is: {smallest.describe()}",
+        why=why,
         remedy="; or ".join(helps) or "a smaller model, or a device with more memory: nothing that was tried alone is enough",
     )
 

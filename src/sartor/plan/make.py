@@ -16,7 +16,8 @@ from sartor.methods import MethodTraits, traits
 from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
 from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
-from sartor.plan.placed import place
+from sartor.plan.placed import Shortfall
+from sartor.plan.placed_time import place_fastest
 from sartor.plan.plan import Plan
 from sartor.plan.products import frozen_products
 from sartor.plan.search import Choice, search
@@ -24,6 +25,7 @@ from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.allocator_setting import expandable_segments
+from sartor.predict.time import TimeForecast
 from sartor.step import FAST_BF16, Precision, cannot_pack
 
 LONGEST_DEFAULT = 2048
@@ -65,9 +67,9 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         attention=attention,
     )
     choice = search(setting, longest)
-    strategy, forecast = _placed(setting, choice)
+    strategy, forecast, time, shortfall = _placed(setting, choice)
     if forecast.verdict == "does not fit":
-        raise does_not_fit(setting, strategy, forecast)
+        raise does_not_fit(setting, strategy, forecast, shortfall)
     trained = count_trained(job, source, precision)
     formats = _why_masters(job, precision, machine)
     notes = (attention_note, note, formats, inexact, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
@@ -81,20 +83,22 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         trained_parameters=trained,
         data=sets.summary,
         total_steps=order.total_steps,
-        time=None if strategy.placement else choice.time,
+        time=time,
         rejected=choice.rejected,
         notes=tuple(filter(None, notes)),
     )
 
 
-def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast]:
+def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast, TimeForecast | None, Shortfall | None]:
     """What the search found, with some of it on disk where the job wants that, or where nothing else fits."""
     wanted = setting.job.strategy.placement
-    if wanted == "device" or choice.forecast.process_bytes is None:
-        return choice.strategy, choice.forecast
-    if wanted == "auto" and choice.forecast.verdict != "does not fit":
-        return choice.strategy, choice.forecast
-    return place(setting, choice.strategy, choice.forecast) or (choice.strategy, choice.forecast)
+    asked = choice.forecast.process_bytes is not None and (
+        wanted == "disk" or (wanted == "auto" and choice.forecast.verdict == "does not fit")
+    )
+    found = place_fastest(setting, choice.strategy, choice.forecast, choice.time) if asked else None
+    if isinstance(found, tuple):
+        return *found, None
+    return choice.strategy, choice.forecast, choice.time, found
 
 
 def _resolved(job: Job, source: ModelSource, method: MethodTraits) -> tuple[Job, int]:

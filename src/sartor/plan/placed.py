@@ -7,21 +7,23 @@ state is left out, and what the table says is there of them is put in its place.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sartor.errors import JobError
 from sartor.model import skeleton
-from sartor.model.rows import find_rows
+from sartor.model.rows import Row, find_rows
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Placement, Strategy
-from sartor.plan.table import BUFFER_BYTES, Sizes, uniform, within
+from sartor.plan.table import BUFFER_BYTES, Sizes, less_and_less, uniform, within
 from sartor.predict import KINDS, Ledger, MemoryForecast, Peak
 from sartor.predict.memory import collector_paused
 from sartor.predict.target import Target
 from sartor.predict.verdict import judge
 from sartor.predict.whole import trace_job
-from sartor.step import make_trainable
+from sartor.step import Precision, make_trainable
 
 MOVED = ("weights", "gradients", "optimizer")
 
@@ -52,9 +54,20 @@ def cannot_place(setting: Setting, strategy: Strategy) -> str:
     return ""
 
 
-def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tuple[Strategy, MemoryForecast] | None:
+@dataclass(frozen=True, kw_only=True)
+class Shortfall:
+    """Not even everything on disk is enough."""
+
+    memory_bytes: int
+    """What the process would have to have."""
+    row: str
+    """The largest row, which is in memory as a whole while it is updated."""
+    row_bytes: int
+
+
+def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tuple[Strategy, MemoryForecast] | Shortfall | None:
     """`strategy` with the least on disk that lets it fit, and its forecast; `forecast` is that of the strategy as it is. None
-    where not even everything on disk is enough. Raises JobError where placement was asked for and cannot be."""
+    where its parts cannot be on disk. Raises JobError where placement was asked for and cannot be."""
     wanted = setting.job.strategy.placement
     reason = cannot_place(setting, strategy)
     if reason:
@@ -74,7 +87,10 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     else:
         found = within(sizes, room, "disk", passes=needs.passes, update=needs.update)
         if found is None:
-            return None
+            largest = max(sizes, key=lambda size: size.total)
+            process = base + largest.total + max(needs.passes, needs.update)
+            memory = math.ceil(process / forecast.tight_share)
+            return Shortfall(memory_bytes=memory, row=largest.name, row_bytes=largest.total)
         table = found
     left = room - table.kept_bytes(sizes)
     placement = Placement(
@@ -97,6 +113,44 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
         trace_seconds=forecast.trace_seconds + time.perf_counter() - start,
     )
     return dataclasses.replace(strategy, placement=placement), placed
+
+
+def _widths(precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[float, int | None]:
+    """Bytes of a trained parameter that the optimizer keeps, and of its gradient (None: as wide as the parameter)."""
+    state = 10.0 if precision.masters else {"sgd": 0.0}.get(optimizer, 8.0)
+    return state, (4 if accumulated else 2) if precision.masters else None
+
+
+def row_sizes(rows: Sequence[Row], precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[Sizes, ...]:
+    """Of a model's rows under a precision and an optimizer."""
+    state, gradient = _widths(precision, optimizer, accumulated=accumulated)
+    return tuple(Sizes.of(row, state_bytes=state, gradient_bytes=gradient) for row in rows)
+
+
+def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
+    """Of the rows of a job's model."""
+    job, precision = setting.job, setting.precision
+    model = skeleton(setting.source, dtype=precision.load_dtype(adapter=setting.method.adapter), attention=strategy.attention)
+    model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
+    accumulated = strategy.micro_batch < job.training.global_batch
+    return row_sizes(find_rows(model), precision, job.training.optimizer, accumulated=accumulated)
+
+
+def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> Placement | None:
+    """With `at_least` so much less in memory, and an eighth less in any case: first what is fetched ahead goes, then what stayed.
+    None where not so much can go."""
+    before = placement.memory_bytes(sizes)
+    target = before - max(at_least, before // 8)
+    for table in [placement.table, *less_and_less(sizes, "disk", placement.table)]:
+        left = target - table.kept_bytes(sizes)
+        if left >= table.least_bytes(sizes):
+            return Placement(
+                table=table,
+                limit_bytes=min(placement.limit_bytes, left),
+                update_limit_bytes=min(placement.update_limit_bytes, left),
+                disk_bytes=table.tier_bytes(sizes, "disk"),
+            )
+    return None
 
 
 def _peak(placement: Placement, needs: _Needs) -> Peak:
@@ -125,8 +179,7 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
     model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
     steps = largest_steps(setting.sets.train, setting.order, strategy)
     accumulated = strategy.micro_batch < job.training.global_batch
-    state = 10.0 if precision.masters else {"sgd": 0.0}.get(job.training.optimizer, 8.0)
-    gradient = (4 if accumulated else 2) if precision.masters else None
+    state, gradient = _widths(precision, job.training.optimizer, accumulated=accumulated)
     rows = find_rows(model)
     sizes = tuple(Sizes.of(row, state_bytes=state, gradient_bytes=gradient) for row in rows)
     parameters = list(model.parameters())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sartor.job.units import format_bytes
 from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.parallel import Layout
-from sartor.plan.table import Table
+from sartor.plan.table import Sizes, Table
 from sartor.step import Precision
 
 
@@ -21,6 +22,10 @@ class Placement:
     update_limit_bytes: int
     """The same in an update."""
     disk_bytes: int
+
+    def memory_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """At most so much of weights, gradients and state is in memory."""
+        return self.table.kept_bytes(sizes) + max(self.limit_bytes, self.update_limit_bytes)
 
     def describe(self) -> str:
         """In words."""

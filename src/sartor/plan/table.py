@@ -134,7 +134,8 @@ def within(
 
     `passes`, `update`: what else is on the device in forward and backward passes, and in the update.
     """
-    candidates = list(_ever_less(sizes, place, activations))
+    whole = uniform(sizes, "device", activations=activations)
+    candidates = [whole, *less_and_less(sizes, place, whole)]
     for table in candidates:
         ahead = max(passes + table.pass_bytes(sizes), update + table.update_bytes(sizes))
         if table.kept_bytes(sizes) + ahead <= budget_bytes:
@@ -145,16 +146,14 @@ def within(
     return None
 
 
-def _ever_less(sizes: Sequence[Sizes], place: Place, activations: Place) -> Iterator[Table]:
-    """Tables that keep everything, then less and less."""
-    gone: dict[str, dict[str, Place]] = {size.name: {} for size in sizes}
-
-    def table() -> Table:
-        return Table(rows=tuple(RowPlaces(name=name, activations=activations, **away) for name, away in gone.items()))
-
-    yield table()
+def less_and_less(sizes: Sequence[Sizes], place: Place, table: Table) -> Iterator[Table]:
+    """Tables that keep less than `table` does, and then less and less."""
+    gone = {row.name: {kind: getattr(row, kind) for kind in KINDS} for row in table.rows}
+    activations = {row.name: row.activations for row in table.rows}
     for kind in KINDS:
         for size in reversed(sizes):
-            if getattr(size, kind):
+            if getattr(size, kind) and gone[size.name][kind] == "device":
                 gone[size.name][kind] = place
-                yield table()
+                yield Table(
+                    rows=tuple(RowPlaces(name=name, activations=activations[name], **places) for name, places in gone.items())
+                )

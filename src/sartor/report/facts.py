@@ -125,6 +125,8 @@ def time_words(time: TimeForecast) -> str:
     hidden = time.breakdown.get("communication", 0.0) + time.breakdown.get("bubble", 0.0)
     if hidden > 0.005 * time.step_seconds:
         words += f"; {hidden / time.step_seconds:.0%} of it waits for messages or other stages"
+    if (disk := time.breakdown.get("disk", 0.0)) > 0.005 * time.step_seconds:
+        words += f"; {disk / time.step_seconds:.0%} of it waits for the disk"
     return words
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from sartor.job.units import format_bytes, format_seconds
+from sartor.placement.timeline import Timeline
 from sartor.plan import Plan
 from sartor.report import facts
 from sartor.report.curves import Point, finite, smooth, thin
 from sartor.report.page import Bar, Headline, Segment, available_words, forecast_bar, legend, render, step_picture, title_of
+from sartor.report.placement import placement_picture
 from sartor.report.svg import Series, line_chart
 from sartor.train.folder import write_text
 from sartor.train.record import Run
@@ -23,8 +25,11 @@ _MOST_ANSWERS = 200
 _FEWEST_SMOOTHED = 12
 
 
-def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write `report.html` at `path`, whole or not at all. `metrics`: the lines of metrics.jsonl. Raises RunError."""
+def write_report(
+    plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: Path, *, timeline: Timeline | None = None
+) -> None:
+    """Write `report.html` at `path`, whole or not at all. `metrics`: the lines of metrics.jsonl; `timeline`: of a step of a
+    placed model. Raises RunError."""
     losses, held_out = _column(metrics, "loss"), _column(metrics, "eval_loss")
     parts = facts.memory_parts(plan.forecast)
     page = render(
@@ -41,6 +46,7 @@ def write_report(plan: Plan, run: Run, metrics: Sequence[dict[str, Any]], path: 
         bars=_memory_bars(plan, run),
         legend=legend(parts),
         **step_picture(plan.forecast),
+        **placement_picture(timeline),
         memory_words=facts.memory_words(run.memory),
         run_time_words=None if run.time is None else facts.run_time_words(run.time),
         available=available_words(plan.forecast),

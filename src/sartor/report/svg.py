@@ -110,6 +110,41 @@ def area_chart(
     return Markup("\n".join([*svg, "</svg>"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """What one stream did: from, to, and what it was."""
+
+    name: str
+    css: str
+    marks: Sequence[tuple[float, float, str]]
+
+
+def lane_chart(lanes: Sequence[Lane], *, title: str, x_label: str, end: float) -> Markup:
+    """Streams one below the other, from 0 to `end`."""
+    left, high = 104, 34
+    floor = _TOP + high * len(lanes)
+    scale = (_RIGHT - left) / (end or 1.0)
+    svg = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {floor + 40}" role="img" aria-label="{escape(title)}">']
+    for number, lane in enumerate(lanes):
+        top = _TOP + high * number
+        svg.append(f'<text class="label" x="{left - 10}" y="{top + 18}" text-anchor="end">{escape(lane.name)}</text>')
+        svg += [
+            f'<rect class="{escape(lane.css)}" x="{left + scale * first:.1f}" width="{max(scale * (last - first), 0.5):.1f}" '
+            f'y="{top + 4}" height="{high - 10}"><title>{escape(what)}, {last - first:.4g} s</title></rect>'
+            for first, last, what in lane.marks
+        ]
+    svg.append(f'<line class="axis" x1="{left}" x2="{_RIGHT}" y1="{floor}" y2="{floor}"/>')
+    ticks = nice_ticks(0.0, end, 8)
+    for tick in ticks:
+        if tick <= end:
+            x = left + scale * tick
+            svg.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>')
+            label = tick_label(tick, ticks[1] - ticks[0])
+            svg.append(f'<text class="tick" x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{label}</text>')
+    svg.append(f'<text class="label" x="{_RIGHT}" y="{floor + 35}" text-anchor="end">{escape(x_label)}</text>')
+    return Markup("\n".join([*svg, "</svg>"]))
+
+
 def _spans(frame: _Frame, sections: Sequence[tuple[str, float, float]]) -> list[str]:
     """Where each section begins, and its name where it has room."""
     floor, out = frame.height - 42, []

@@ -99,7 +99,7 @@ class Precision:
             if self.masters:
                 parameter.data, residual = split(parameter.data.float())
                 setattr(parameter, RESIDUAL, residual)
-            else:
+            elif parameter.dtype != _DTYPES[self.trained]:
                 parameter.data = parameter.data.to(_DTYPES[self.trained])
 
 

@@ -9,6 +9,7 @@ _evaluate      held-out loss
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-from sartor.errors import Interrupted, RunError
+from sartor.errors import Interrupted, RunError, StorageError
 from sartor.job import to_yaml
 from sartor.kernels.fuse import unfuse
+from sartor.placement import PlacedStep
+from sartor.placement.timeline import TIMELINE
 from sartor.plan import Plan
 from sartor.step import TensorBatch, World, learning_rate
 from sartor.train import checkpoint as saved
@@ -27,7 +30,7 @@ from sartor.train.checkpoint import Progress, TrainState
 from sartor.train.metrics import MetricsWriter, Observer, Observers
 from sartor.train.outcome import memory_outcome, not_finite, record, reset_peaks
 from sartor.train.record import EvalRecord, Run, StepRecord
-from sartor.train.recovery import recover, shortage_of
+from sartor.train.recovery import clear_up, recover, shortage_of
 from sartor.train.setup import Workbench, adopt, check_identity, check_runnable, identity, set_up
 from sartor.train.signals import StopRequest, stop_requests
 
@@ -76,6 +79,9 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         finished = progress.step == plan.total_steps
         final = _final_checkpoint(plan, bench, state, progress, folder, finished=finished)
         saved.publish(final, folder)
+if isinstance(bench.step, PlacedStep) and (timeline := bench.step.timeline) is not None:
+            files.write_text(folder / TIMELINE, json.dumps(timeline.to_mapping()))
+            watchers.said(timeline.describe())
         memory = memory_outcome(plan, bench.step)
         if finished:
             unfuse(bench.step.model)
@@ -120,6 +126,8 @@ def _train(
         try:
             progress = _step(plan, bench, progress, watchers)
             shortage = None
+        except StorageError:  # nothing can be saved of what is not there
+            raise
         except RunError:  # a loss that is not finite: the step was not taken, the weights are good
             if world.leads:
                 saved.save(folder, state, progress)
@@ -129,6 +137,7 @@ def _train(
             if shortage is None:
                 raise
         if shortage is not None:  # the error is gone by now, and what its frames held
+            clear_up(bench)
             if world.leads and not shortage.updating:
                 saved.save(folder, state, progress)
             plan = recover(plan, bench, shortage, progress.step, watchers.said)

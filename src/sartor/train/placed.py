@@ -1,18 +1,21 @@
-"""A plan's model in its places: streamed from its files, where they have the model's own names, and never whole in memory."""
+"""A plan's model in its places, never whole in memory: made from random numbers or streamed from its files row by row. Where
+files have other names than the model, it is read as a whole."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from sartor.errors import ModelError
-from sartor.model import ModelSource, build, build_empty
+from sartor.model import ModelSource, build, build_empty, build_lazily, weights_folder
 from sartor.model.rows import find_rows
 from sartor.placement import DiskTier, Engine
-from sartor.placement.fill import Fill, from_folder
+from sartor.placement.fill import Fill, from_folder, from_random
 from sartor.placement.tiers import in_memory
 from sartor.plan import Plan, load_dtype
 
@@ -21,7 +24,7 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
     """The model of `plan` with its rows where the strategy's table puts them. Raises ModelError, or RunError of the disk."""
     placement = plan.strategy.placement
     assert placement is not None, "asked for by the strategy"
-    model, fill = _streamed(plan, source)
+    model, fill = _empty(plan, source)
     if model is None:
         say("the model is read as a whole before it is placed: its files do not hold its weights by their own names")
         model = build(
@@ -51,14 +54,33 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
     )
 
 
-def _streamed(plan: Plan, source: ModelSource) -> tuple[nn.Module | None, Fill | None]:
-    """An empty model and what fills it; None for both where that cannot be."""
-    folder = Path(source.path)
-    if not source.has_weights or not folder.is_dir():
+@contextlib.contextmanager
+def head_present(engine: Engine) -> Iterator[None]:
+    """The weights of the model's head are on the device in this context, whoever calls it."""
+    model: Any = engine.model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    live = next((live for live in engine.rows if head in live.row.modules), None)
+    if live is None:
+        yield
+        return
+    live.pinned, before = True, live.pinned
+    with engine.gathered(live):
+        yield
+        live.pinned = before
+
+
+def _empty(plan: Plan, source: ModelSource) -> tuple[nn.Module | None, Fill | None]:
+    """A model without its weights and what fills it row by row; None for both where that cannot be."""
+    dtype, attention, masters = load_dtype(plan), plan.strategy.attention, _split_when_read(plan)
+    if not source.has_weights:
+        made, weights = build_lazily(source, dtype=dtype, attention=attention, seed=plan.job.training.seed)
+        return made, from_random(weights, masters=masters)
+    folder = weights_folder(source)
+    if folder is None:
         return None, None
-    model = build_empty(source, dtype=load_dtype(plan), attention=plan.strategy.attention)
+    model = build_empty(source, dtype=dtype, attention=attention)
     try:
-        return model, from_folder(folder, model, masters=_split_when_read(plan))
+        return model, from_folder(folder, model, masters=masters)
     except ModelError:
         return None, None
 

@@ -17,7 +17,9 @@ from sartor.kernels import arena
 from sartor.machine import Machine
 from sartor.machine.heap import give_back_freed_memory
 from sartor.machine.memory import peak_resident_bytes, resident_bytes
+from sartor.placement import PlacedStep
 from sartor.plan import Plan, make
+from sartor.plan.placed import demoted, row_sizes
 from sartor.predict.heap import LOADED_BYTES
 from sartor.step.step import enable_recompute
 from sartor.train.setup import Workbench
@@ -51,13 +53,20 @@ def shortage_of(error: BaseException, bench: Workbench) -> Shortage | None:
     return Shortage(requested_bytes=requested, updating=bench.step.updating)
 
 
+def clear_up(bench: Workbench) -> None:
+    """Let go of what the step held that failed."""
+    bench.step.discard()
+    if isinstance(bench.step, PlacedStep):
+        bench.step.engine.clear()
+    gc.collect()
+    give_back_freed_memory()
+
+
 def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Callable[[str], None]) -> Plan:
     """The plan to go on with, already applied to the live model. The global batch, and with it the result, stays.
 
     Raises RunError where nothing smaller is left, or where memory ran out while weights were updated.
     """
-    bench.step.discard()
-    gc.collect()
     measured = _measured(plan) + shortage.requested_bytes
     forecast = plan.forecast.process_bytes or measured
     wrong = (
@@ -76,8 +85,11 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
             why="the other processes of the step are waiting, and cannot go on differently",
             remedy="--resume with a smaller strategy.micro_batch, or with fewer strategy.processes",
         )
-    give_back_freed_memory()
     arena.give_back()
+    if isinstance(bench.step, PlacedStep) and (less := _with_more_on_disk(plan, bench.step, shortage)) is not None:
+        bench.reserve.hold()
+        say(f"{wrong}. Going on with: {less.strategy.describe()}")
+        return less
     room = min(plan.forecast.available_bytes * forecast // max(measured, forecast), measured, int(LESS * forecast))
     try:
         smaller = make(plan.job, _with_room(plan, room))
@@ -93,6 +105,26 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
     bench.reserve.hold()
     say(f"{wrong}. Going on with: {strategy.describe()}")
     return dataclasses.replace(plan, strategy=strategy, forecast=smaller.forecast, time=smaller.time)
+
+
+def _with_more_on_disk(plan: Plan, step: PlacedStep, shortage: Shortage) -> Plan | None:
+    """The same strategy with less in memory, already so; the numbers stay the same to the bit. None where nothing can go."""
+    placement = plan.strategy.placement
+    assert placement is not None, "its step is placed"
+    sizes = row_sizes(
+        [live.row for live in step.engine.rows],
+        plan.strategy.precision,
+        plan.job.training.optimizer,
+        accumulated=plan.strategy.micro_batch < plan.job.training.global_batch,
+    )
+    less = demoted(placement, sizes, at_least=shortage.requested_bytes)
+    if less is None:
+        return None
+    step.rearrange(less.table, limit=less.limit_bytes, update_limit=less.update_limit_bytes)
+    saved = placement.memory_bytes(sizes) - less.memory_bytes(sizes)
+    process = plan.forecast.process_bytes
+    forecast = dataclasses.replace(plan.forecast, process_bytes=None if process is None else process - saved)
+    return dataclasses.replace(plan, strategy=dataclasses.replace(plan.strategy, placement=less), forecast=forecast)
 
 
 def _least(plan: Plan) -> Plan | None:

@@ -33,7 +33,7 @@ from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
 from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step
 from sartor.train.checkpoint import restore_adapter
-from sartor.train.placed import build_placed
+from sartor.train.placed import build_placed, head_present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
         )
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
-    with contextlib.nullcontext() if placed is None else placed.head():
+    with contextlib.nullcontext() if placed is None else head_present(placed):
         step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
     if placed is not None:
         step = PlacedStep(step, placed)
