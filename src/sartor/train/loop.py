@@ -79,7 +79,7 @@ def fit(plan: Plan, *, resume: str | None = None, observers: Sequence[Observer] 
         finished = progress.step == plan.total_steps
         final = _final_checkpoint(plan, bench, state, progress, folder, finished=finished)
         saved.publish(final, folder)
-if isinstance(bench.step, PlacedStep) and (timeline := bench.step.timeline) is not None:
+        if isinstance(bench.step, PlacedStep) and (timeline := bench.step.timeline) is not None:
             files.write_text(folder / TIMELINE, json.dumps(timeline.to_mapping()))
             watchers.said(timeline.describe())
         memory = memory_outcome(plan, bench.step)
