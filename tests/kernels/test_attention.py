@@ -173,3 +173,26 @@ def test_padding_gets_no_gradient() -> None:
     result.sum().backward()
     assert query.grad is not None
     assert result[0, 3:].abs().sum() == query.grad[0, :, 3:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("window", "heads"), [(0, 2), (9, 4)])
+def test_segments_that_continue_another_one_attend_to_both(window: int, heads: int) -> None:
+    """Two beginnings, one of them shared by segments of several lengths, one of them long; and a segment of its own."""
+    lengths, parents = [[11, 5, 7, 140, 5, 3, 20, 4, 4]], [[-1, 0, 0, 0, 0, -1, -1, 6, 6]]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn((1, 200, count, 8), generator=generator).transpose(1, 2).requires_grad_() for count in (heads, 2, 2)]
+    segments = Segments(lengths, 200, continues=parents)
+    found = segment_attention(*inputs, segments.windowed(window) if window else segments, scale=0.3)
+    starts = np.cumsum([0, *lengths[0]])
+    expected = torch.zeros_like(found)
+    for number, parent in enumerate(parents[0]):
+        own = torch.arange(starts[number], starts[number + 1])
+        whole = own if parent < 0 else torch.cat([torch.arange(starts[parent], starts[parent + 1]), own])
+        alone = plain(*(tensor[:, :, whole] for tensor in inputs), [[len(whole)]], 0.3, window)
+        expected = expected.index_copy(1, own, alone[:, -len(own) :])
+    gradient = torch.randn(found.shape, generator=generator)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)

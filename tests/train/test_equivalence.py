@@ -85,6 +85,32 @@ def test_joined_rows_have_little_padding_and_equal_single_examples(tiny: Path) -
     assert_same(alone, one_step(model, samples, **cut))
 
 
+def alike(count: int) -> TokenSet:
+    """Samples that begin in one of two ways, or in one of their own; the beginnings train nothing."""
+    random = np.random.default_rng(5)
+    heads = [random.integers(3, 900, length) for length in (20, 13)]
+    samples = []
+    for number in range(count):
+        head = heads[number % 3] if number % 3 < 2 else random.integers(3, 900, 15)
+        own = random.integers(3, 900, 4 + 5 * number % 17)
+        trained = np.arange(len(head) + len(own)) >= len(head) + 2
+        samples.append(Sample(input_ids=np.concatenate([head, own]), trained=trained, source=f"test:{number}"))
+    return TokenSet.from_samples(samples)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_beginnings_do_not_change_loss_or_gradients(tiny: Path, recompute: bool) -> None:
+    model = build(resolve(ModelJob(path=str(tiny))), dtype=torch.float32, device="cpu", attention=SEGMENTS)
+    samples = alike(12)
+    cut: dict[str, Any] = {"capacity": 128, "packing": True, "micro_batch": 3, "joined": True}
+    plain, shared = (step_batches(samples, np.arange(12), pad_id=0, **cut, share=share) for share in (False, True))
+    spared = sum(one.input_ids_RT.size - other.input_ids_RT.size for one, other in zip(plain, shared, strict=True))
+    assert spared > 60
+    assert [batch.tokens for batch in plain] == [batch.tokens for batch in shared]
+    alone = one_step(model, samples, capacity=128, packing=False, micro_batch=1)
+    assert_same(alone, one_step(model, samples, **cut, share=True, recompute=recompute))
+
+
 def test_packed_rows_do_hold_several_examples() -> None:
     samples = ragged(12)
     rows = fill_rows(range(12), samples.lengths, capacity=128, packing=True)

@@ -8,11 +8,12 @@ micro-batches change it: they only decide how fast it is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sartor.data.prefix import branches, spared_tokens
 from sartor.data.tokens import TokenSet
 
 IGNORE = -100
@@ -31,11 +32,14 @@ class Batch:
     """Columns that hold a target in some row: the head is computed for these only."""
     trained_tokens: int
     tokens: int
-    """Real tokens, padding not counted."""
+    """Tokens of its examples: padding does not count, and what examples share counts for each of them."""
     examples: tuple[int, ...]
     """Indices of the examples in their TokenSet."""
     segments: tuple[tuple[int, ...], ...] = ()
-    """Of every row, the lengths of its examples from its start on; nothing where it is not known."""
+    """Of every row, the lengths of its segments from its start on: its examples, or beginnings that examples share and what is
+    left of these; nothing where it is not known."""
+    continues: tuple[tuple[int, ...], ...] = ()
+    """Of every segment, the number of the one in its row that it continues, or -1; nothing where none does."""
 
 
 def shares(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, ranks: int) -> list[list[int]]:
@@ -85,27 +89,49 @@ def rounded(width: int) -> int:
     return -(-width // step) * step
 
 
-def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: bool) -> Batch:
-    """The arrays of one micro-batch, padded on the right to its longest row; a single packed row to one of few widths."""
-    width = max(sum(int(samples.lengths[index]) for index in row) for row in rows)
+def row_width(samples: TokenSet, row: Sequence[int], *, share: bool = False) -> int:
+    """Tokens that lie in a row. `share`: what its examples begin with lies there once (`sartor.data.prefix`)."""
+    return sum(int(samples.lengths[index]) for index in row) - (spared_tokens(samples, row) if share else 0)
+
+
+def _segments(samples: TokenSet, row: Sequence[int], *, share: bool) -> Iterator[tuple[int, int, int, int]]:
+    """What lies in a row, one after the other: the example it is of, its first and last token there, and the number of the
+    segment that it continues, or -1."""
+    if not share:
+        yield from ((index, 0, int(samples.lengths[index]), -1) for index in row)
+        return
+    count = 0
+    for branch in branches(samples, row):
+        if branch.length:
+            yield branch.members[0], 0, branch.length, -1
+        for index in branch.members:
+            yield index, branch.length, int(samples.lengths[index]), count if branch.length else -1
+        count += len(branch.members) + (branch.length > 0)
+
+
+def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: bool, share: bool = False) -> Batch:
+    """The arrays of one micro-batch, padded on the right to its longest row; a single packed row to one of few widths. `share`:
+    what the examples of a row begin with lies there once."""
+    laid = [list(_segments(samples, row, share=share)) for row in rows]
+    width = max(sum(last - first for _, first, last, _ in row) for row in laid)
     if packing and len(rows) == 1:
         width = rounded(width)
     input_ids_RT = np.full((len(rows), width), pad_id, dtype=np.int64)
     targets_RT = np.full((len(rows), width), IGNORE, dtype=np.int64)
     position_ids_RT = np.zeros((len(rows), width), dtype=np.int64)
-    tokens = 0
-    for r, row in enumerate(rows):
+    for r, row in enumerate(laid):
         t = 0
-        for index in row:
-            sample = samples[index]
-            end = t + len(sample)
-            input_ids_RT[r, t:end] = sample.input_ids
-            # Position t predicts token t + 1 of the same example: the shift never crosses into the neighbour.
-            targets_RT[r, t : end - 1] = np.where(sample.trained[1:], sample.input_ids[1:], IGNORE)
-            position_ids_RT[r, t:end] = np.arange(len(sample))
+        for index, first, last, _ in row:
+            sample, end = samples[index], t + last - first
+            input_ids_RT[r, t:end] = sample.input_ids[first:last]
+            # Position t predicts token t + 1 of the same example: the shift never crosses into the neighbour. A shared beginning
+            # predicts nothing that counts.
+            following = slice(first + 1, last + 1)
+            targets = np.where(sample.trained[following], sample.input_ids[following], IGNORE)
+            targets_RT[r, t : t + len(targets)] = targets
+            position_ids_RT[r, t:end] = np.arange(first, last)
             t = end
         position_ids_RT[r, t:] = np.arange(width - t)  # padding is a segment of its own
-        tokens += t
     counted_RT = targets_RT != IGNORE
     return Batch(
         input_ids_RT=input_ids_RT,
@@ -113,9 +139,10 @@ def collate(samples: TokenSet, rows: list[list[int]], *, pad_id: int, packing: b
         position_ids_RT=position_ids_RT if packing else None,
         kept_K=np.flatnonzero(counted_RT.any(axis=0)),
         trained_tokens=int(counted_RT.sum()),
-        tokens=tokens,
+        tokens=sum(int(samples.lengths[index]) for row in rows for index in row),
         examples=tuple(index for row in rows for index in row),
-        segments=tuple(tuple(int(samples.lengths[index]) for index in row) for row in rows),
+        segments=tuple(tuple(last - first for _, first, last, _ in row) for row in laid),
+        continues=tuple(tuple(parent for *_, parent in row) for row in laid) if share else (),
     )
 
 
@@ -128,8 +155,9 @@ def step_batches(
     micro_batch: int,
     pad_id: int,
     joined: bool = False,
+    share: bool = False,
 ) -> list[Batch]:
-    """All micro-batches of one optimizer step."""
+    """All micro-batches of one optimizer step; `share` as in `collate`."""
     rows = fill_rows(indices, samples.lengths, capacity=capacity, packing=packing)
     groups = micro_batches(rows, micro_batch, joined=joined)
-    return [collate(samples, group, pad_id=pad_id, packing=packing) for group in groups]
+    return [collate(samples, group, pad_id=pad_id, packing=packing, share=share) for group in groups]

@@ -223,6 +223,11 @@ class StrategyJob:
         "on a CPU, method lora: products with frozen weights in the format of `precision` (exact), or in int8, which is "
         "faster and changes the result a little (docs/cpu.md)",
     )
+    share_prefixes: bool = option(
+        False,
+        "on a CPU, with packing: what the examples of a row begin with (a template's head, a system prompt) is computed once; "
+        "the same result but for rounding (docs/cpu.md)",
+    )
     processes: Literal["auto"] | int = option(
         "auto",
         "on a CPU: processes that share the examples of a step, each bound to its cores and their memory; `auto`: one a NUMA "

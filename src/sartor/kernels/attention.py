@@ -3,7 +3,9 @@
 PyTorch's kernel for CPUs takes a dense mask to tell the examples of a row apart, and computes and reads all of it. Here every
 example is attended to by itself: short ones in compiled loops (`attend.py`), others as products of queries and keys, in blocks
 of queries that stay in cache; backward computes the probabilities again, so nothing is kept but queries, keys and values. Which
-positions are an example comes as Python integers with the batch, so no shape depends on values.
+positions are an example comes as Python integers with the batch (`sartor.kernels.segments`), so no shape depends on values. A
+segment that continues another one (a beginning that examples share) attends to that as well, as products, and the other one's
+keys and values get the gradients of all that continue it.
 
 Shapes: R rows, T positions of a row, H query heads, G heads of keys and values, M = H / G, L positions of an example, B examples
 times G, D size of a head (of values: E), Q queries and K keys of a block.
@@ -14,15 +16,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sartor.kernels.attend import LONGEST, attend_, attend_backward_, suits
+from sartor.kernels.attend import attend_, attend_backward_, suits
 from sartor.kernels.fused import causal_softmax_, softmax_backward_
-from sartor.kernels.native import products_library
+from sartor.kernels.segments import Group, Segments
 
 NAME = "segments"
 """Under which transformers knows this attention."""
@@ -33,99 +34,9 @@ BLOCK_ELEMENTS = 2**19
 BLOCK_QUERIES = 128
 """Queries of a block of a long example: what lies above the diagonal is computed for the last block of keys only."""
 
-GROUPED_LENGTH = 64
-"""Examples up to this length are computed several at once; longer ones fill the cores alone."""
-
-GROUPED_TOKENS = 1024
-"""Positions of a group at most."""
-
-GRID = 16
-"""Lengths are rounded up to multiples of it, those of long examples to multiples of twice as much."""
-
 
 class Unsuited(ValueError):
     """This attention cannot do what a model asks for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Examples computed at once."""
-
-    where: tuple[tuple[int, int], ...]
-    """First position, counted over all rows, and length of each."""
-    length: int
-    """With padding."""
-    index: Tensor | None
-    """Of every position of every example, its number among those of all rows, one past their end for padding; None for a single
-    example without."""
-    padding: Tensor | None
-    """Where padding is, examples x L; None where there is none."""
-
-
-class Segments:
-    """Where the examples of a batch are. Opaque to models: it goes through them in the place of an attention mask."""
-
-    def __init__(self, lengths: Sequence[Sequence[int]], width: int, *, device: str | torch.device = "cpu") -> None:
-        """`lengths`: of every row's examples, in their order from its start; what is left of `width` is padding."""
-        self.rows, self.width, self.window = len(lengths), width, 0
-        self.uses: list[str] = []
-        """Classes of the modules that attended with these segments, one entry a time."""
-        where = []
-        for row, inside in enumerate(lengths):
-            first = row * width
-            for length in inside:
-                where.append((first, length))
-                first += length
-        self.padded = sum(length for _, length in where) < self.rows * width
-        longest = LONGEST if products_library() is not None else 0
-        by_length = sorted(where, key=lambda entry: -entry[1])
-        self.short = [number for entry in by_length if entry[1] <= longest for number in entry]
-        """First position and length in turn of the examples that the compiled loops attend to."""
-        others = [entry for entry in by_length if entry[1] > longest]
-        self._by_products = tuple(_group(length, members, self.rows * width, device) for length, members in _alike(others))
-        self._whole: tuple[_Group, ...] | None = None if self.short else self._by_products
-        self._by_length, self._device = by_length, device
-
-    def groups(self, *, compiled: bool) -> tuple[_Group, ...]:
-        """The examples that products attend to; all of them where there are no compiled loops for the format."""
-        if compiled:
-            return self._by_products
-        if self._whole is None:
-            end = self.rows * self.width
-            self._whole = tuple(_group(length, members, end, self._device) for length, members in _alike(self._by_length))
-        return self._whole
-
-    def windowed(self, window: int) -> Segments:
-        """The same for layers whose positions see the last `window` ones only, themselves included."""
-        other = Segments.__new__(Segments)
-        other.__dict__.update(self.__dict__, window=window)
-        return other
-
-
-def _alike(where: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Of examples from the longest to the shortest: lengths, and those that are computed together at this length. Lengths are few
-    and counts are powers of two: what PyTorch compiles for a product in bfloat16 is for its sizes alone, and takes milliseconds
-    and the better part of a MiB."""
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for entry in where:
-        step = GRID if entry[1] <= GROUPED_LENGTH else 2 * GRID
-        by_length.setdefault(-(-entry[1] // step) * step, []).append(entry)
-    for length, members in by_length.items():
-        most = GROUPED_TOKENS // length if length <= GROUPED_LENGTH else 1
-        while members:
-            size = 1 << (min(len(members), most).bit_length() - 1)
-            yield length, members[:size]
-            members = members[size:]
-
-
-def _group(length: int, where: Sequence[tuple[int, int]], end: int, device: str | torch.device) -> _Group:
-    if len(where) == 1 and where[0][1] == length:
-        return _Group(where=tuple(where), length=length, index=None, padding=None)
-    numbers = [first + t if t < own else end for first, own in where for t in range(length)]
-    padding = None
-    if any(own < length for _, own in where):
-        padding = torch.tensor([[t >= own for t in range(length)] for _, own in where], device=device)
-    return _Group(where=tuple(where), length=length, index=torch.tensor(numbers, device=device), padding=padding)
 
 
 _CURRENT: ContextVar[Segments | None] = ContextVar("segments", default=None)
@@ -261,22 +172,22 @@ class _SegmentAttention(torch.autograd.Function):
             if compiled and segments.short:
                 attend_(*sources, result.values(), segments.short, scale, segments.window)
             for group in segments.groups(compiled=compiled):
-                q, k, v = (_gather(source, group) for source in sources)
+                q, k, v = _gathered(sources, group)
                 result.put(group, _forward(q, k, v, scale, segments.window))
         return result.tensor()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         segments, tensors = ctx.segments, ctx.saved_tensors
-        sources = [_positions(tensor) for tensor in tensors]
-        sources.append(gradient.flatten(0, 1))
+        sources, gradients = [_positions(tensor) for tensor in tensors], gradient.flatten(0, 1)
         results = [_Rows(tensor.shape[1], tensor.shape[-1], segments, tensor) for tensor in tensors]
         compiled = suits(tensors[0])
         if compiled and segments.short:
             places = [result.values() for result in results]
-            attend_backward_(sources[3], *sources[:3], *places, segments.short, ctx.scale, segments.window)
+            attend_backward_(gradients, *sources, *places, segments.short, ctx.scale, segments.window)
         for group in segments.groups(compiled=compiled):
-            q, k, v, g = (_gather(source, group) for source in sources)
+            q, k, v = _gathered(sources, group)
+            g = _gather(gradients, group, group.index, group.length)
             if group.padding is not None:
                 g.masked_fill_(group.padding[:, None, :, None], 0)
             for result, part in zip(results, _backward(q, k, v, g, ctx.scale, segments.window), strict=True):
@@ -289,14 +200,25 @@ def _positions(tensor_RHTD: Tensor) -> Tensor:
     return tensor_RHTD.transpose(1, 2).flatten(0, 1)
 
 
-def _gather(source: Tensor, group: _Group) -> Tensor:
-    """The group's examples, N H L D, from (R T) H D. Padding repeats the last position."""
-    if group.index is None:
+def _gathered(sources: Sequence[Tensor], group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of a group, and the keys and values that they attend to."""
+    query, key, value = sources
+    several = group.before[1] + group.length
+    return (
+        _gather(query, group, group.index, group.length),
+        _gather(key, group, group.keys, several),
+        _gather(value, group, group.keys, several),
+    )
+
+
+def _gather(source: Tensor, group: Group, index: Tensor | None, length: int) -> Tensor:
+    """Positions of the group's segments, N H L D, from (R T) H D. Padding repeats the last position."""
+    if index is None:
         ((first, length),) = group.where
         return source.narrow(0, first, length).transpose(0, 1).contiguous()[None]
-    found = source.index_select(0, group.index.clamp(max=source.shape[0] - 1))
-    examples: Tensor = found.unflatten(0, (len(group.where), group.length))
-    return examples.transpose(1, 2).contiguous()
+    found = source.index_select(0, index.clamp(max=source.shape[0] - 1))
+    segments: Tensor = found.unflatten(0, (len(group.where), length))
+    return segments.transpose(1, 2).contiguous()
 
 
 class _Rows:
@@ -307,8 +229,14 @@ class _Rows:
         count = segments.rows * segments.width
         make = like.new_zeros if segments.padded else like.new_empty
         self._values = make((count + 1, heads, size))
+        self._more: dict[int, Tensor] = {}
 
-    def put(self, group: _Group, part_NHLD: Tensor) -> None:
+    def put(self, group: Group, part_NHLD: Tensor) -> None:
+        """Of keys and values, what belongs to the segment that the group continues comes first: it is added up."""
+        if ahead := part_NHLD.shape[2] - group.length:
+            more = part_NHLD[:, :, :ahead].sum(0, dtype=torch.float32).transpose(0, 1)
+            first, part_NHLD = group.before[0], part_NHLD[:, :, ahead:]
+            self._more[first] = self._more[first].add_(more) if first in self._more else more
         by_position = part_NHLD.transpose(1, 2)
         if group.index is None:
             ((first, length),) = group.where
@@ -321,24 +249,28 @@ class _Rows:
         return self._values
 
     def tensor(self) -> Tensor:
+        for first, more in self._more.items():
+            place = self._values.narrow(0, first, len(more))
+            place.copy_(more.add_(place))
+        self._more.clear()
         return self._values[:-1].view(self._shape)
 
 
-def _blocks(q_BMLD: Tensor, window: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(batch, queries, keys) of the blocks of a group."""
+def _blocks(q_BMLD: Tensor, ahead: int, window: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(batch, queries, keys) of the blocks of a group. `ahead`: keys before those of the first query."""
     batch, sharing, length, _ = q_BMLD.shape
     for first in range(0, length, BLOCK_QUERIES):
         last = min(first + BLOCK_QUERIES, length)
-        keys = slice(max(first - window + 1, 0) if window else 0, last)
+        keys = slice(max(ahead + first - window + 1, 0) if window else 0, ahead + last)
         together = max(BLOCK_ELEMENTS // (sharing * (last - first) * (last - keys.start)), 1)
         for start in range(0, batch, together):
             yield slice(start, start + together), slice(first, last), keys
 
 
-def _probabilities(q_BXD: Tensor, k_BKD: Tensor, queries: slice, keys: slice, window: int, scale: float) -> Tensor:
+def _probabilities(q_BXD: Tensor, k_BKD: Tensor, queries: slice, keys: slice, ahead: int, window: int, scale: float) -> Tensor:
     """Softmax of the scores that are seen, B X K; X runs over heads that share keys, then queries."""
     scores = _product(q_BXD, k_BKD.transpose(1, 2), scale)
-    causal_softmax_(scores, queries.stop - queries.start, queries.start - keys.start, window)
+    causal_softmax_(scores, queries.stop - queries.start, ahead + queries.start - keys.start, window)
     return scores
 
 
@@ -353,26 +285,27 @@ def _shared(tensor_NHLD: Tensor, groups: int) -> Tensor:
 
 
 def _forward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, scale: float, window: int) -> Tensor:
-    examples, groups = k_NGLD.shape[:2]
+    (examples, groups), ahead = k_NGLD.shape[:2], k_NGLD.shape[2] - q_NHLD.shape[2]
     q, k, v = _shared(q_NHLD, groups), k_NGLD.flatten(0, 1), v_NGLE.flatten(0, 1)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    for batch, queries, keys in _blocks(q, window):
-        p = _probabilities(q[batch, :, queries].flatten(1, 2), k[batch, keys], queries, keys, window, scale)
+    for batch, queries, keys in _blocks(q, ahead, window):
+        p = _probabilities(q[batch, :, queries].flatten(1, 2), k[batch, keys], queries, keys, ahead, window, scale)
         _put_product(out[batch, :, queries], p, v[batch, keys])
     return out.view(examples, -1, *out.shape[2:])
 
 
 def _backward(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLE: Tensor, g_NHLE: Tensor, scale: float, window: int) -> list[Tensor]:
     """The gradients of queries, keys and values."""
-    groups = k_NGLD.shape[1]
+    groups, ahead = k_NGLD.shape[1], k_NGLD.shape[2] - q_NHLD.shape[2]
     q, g = _shared(q_NHLD, groups), _shared(g_NHLE, groups)
     k, v = k_NGLD.flatten(0, 1), v_NGLE.flatten(0, 1)
-    several = q.shape[2] > BLOCK_QUERIES  # then blocks of queries add to the same keys, in float32
+    # Several blocks of queries add to the same keys, in float32; or some keys are out of a window's reach.
+    several = q.shape[2] > BLOCK_QUERIES or (ahead > 0 and window > 0)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(part, dtype=torch.float32) if several else torch.empty_like(part) for part in (k, v))
-    for batch, queries, keys in _blocks(q, window):
+    for batch, queries, keys in _blocks(q, ahead, window):
         some_q, some_g = q[batch, :, queries].flatten(1, 2), g[batch, :, queries].flatten(1, 2)
-        p = _probabilities(some_q, k[batch, keys], queries, keys, window, scale)
+        p = _probabilities(some_q, k[batch, keys], queries, keys, ahead, window, scale)
         ds = torch.bmm(some_g, v[batch, keys].transpose(1, 2))
         softmax_backward_(ds, p)
         _put_product(dq[batch, :, queries], ds, k[batch, keys], scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.allocator_setting import expandable_segments
 from sartor.predict.time import TimeForecast
-from sartor.step import FAST_BF16, Precision, cannot_pack
+from sartor.step import FAST_BF16, Precision, cannot_pack, cannot_share_prefixes
 
 LONGEST_DEFAULT = 2048
 """Tokens of `data.max_length` where the job leaves it open and the model allows more."""
@@ -48,6 +49,8 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     anatomy = dissect(model)
     attention, attention_note = choose_attention(job, method, source, machine)
     packing, note = _packing(job, method, model, dense=machine.device.kind == "cpu" and attention != SEGMENTS)
+    if job.strategy.share_prefixes:
+        _check_prefixes(job, model, packing=packing, segments=attention == SEGMENTS, reasons=(attention_note, note))
     job, longest = _resolved(job, source, method)
     tokenizer = None if job.data.synthetic else load_tokenizer(job.model)
     sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
@@ -143,6 +146,22 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -
     if dense and not reason and wanted == "auto":
         reason = "on a CPU, attention with a dense mask costs more than padding does (data.packing=true packs nevertheless)"
     return not reason, f"not packed: {reason}" if reason else ""
+
+
+def _check_prefixes(job: Job, model: nn.Module, *, packing: bool, segments: bool, reasons: Sequence[str]) -> None:
+    """Raises JobError where examples cannot share the computation of what they begin with."""
+    if not segments:
+        why = next(filter(None, reasons), "") or "it needs attention by segments, on a CPU"
+    elif not packing:
+        why = next(filter(None, reasons), "") or "a row holds one example (data.packing is false)"
+    elif job.lora.dropout > 0 and job.method in ("lora", "qlora"):
+        why = "dropout (lora.dropout) would be the same for all that share a beginning"
+    else:
+        why = cannot_share_prefixes(model)
+    if why:
+        raise JobError(
+            "`strategy.share_prefixes` is true, which this job cannot have", why=why, remedy="strategy.share_prefixes=false"
+        )
 
 
 def _why_masters(job: Job, precision: Precision, machine: Machine) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sartor.data import DataSets, TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded, shares
+from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded, row_width, shares
 from sartor.job import Job
 from sartor.machine import Machine
 from sartor.methods import MethodTraits
@@ -65,27 +65,28 @@ def largest_steps(samples: TokenSet, order: BatchOrder, strategy: Strategy) -> L
     ]
     if strategy.layout.pipeline > 1:
         most = max(-(-len(groups) // strategy.layout.data) for groups in steps)
-        largest = _largest(samples, [groups[0] for groups in steps])
+        largest = _largest(samples, [groups[0] for groups in steps], strategy)
         batch = collate(samples, largest, pad_id=0, packing=strategy.packing)
         return LargestSteps.alike([batch] * most, steps=order.total_steps)
     first, later = (_standing(samples, some, strategy) for some in (steps[: strategy.processes], steps[strategy.processes :]))
     if len(first) <= len(later) and all(
-        _size(samples, one) <= _size(samples, other) for one, other in zip(first, later, strict=False)
+        _size(samples, one, strategy) <= _size(samples, other, strategy) for one, other in zip(first, later, strict=False)
     ):
         first = later
     made = _collated(samples, first, strategy)
     then = made if first is later else _collated(samples, later, strategy)
-    widths = len({_width(samples, group) for groups in steps for group in groups})
+    widths = len({_width(samples, group, strategy) for groups in steps for group in groups})
     return LargestSteps(first=made, later=then, steps=order.total_steps, widths=widths)
 
 
 def _collated(samples: TokenSet, groups: Sequence[_Group], strategy: Strategy) -> list[Batch]:
     """A batch for each; the same one for equal sizes, which are traced once."""
     made: dict[tuple[int, int], Batch] = {}
-    for group in groups:
-        if _size(samples, group) not in made:
-            made[_size(samples, group)] = collate(samples, group, pad_id=0, packing=strategy.packing)
-    return [made[_size(samples, group)] for group in groups]
+    sizes = [_size(samples, group, strategy) for group in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        if size not in made:
+            made[size] = collate(samples, group, pad_id=0, packing=strategy.packing, share=strategy.share_prefixes)
+    return [made[size] for size in sizes]
 
 
 _Group = list[list[int]]
@@ -103,18 +104,23 @@ def _standing(samples: TokenSet, steps: Sequence[list[_Group]], strategy: Strate
     if not steps:
         return []
     after = [group for groups in steps if -(-len(groups) // strategy.layout.data) > 1 for group in groups[1:]]
-    return [_largest(samples, [groups[0] for groups in steps]), *([_largest(samples, after)] if after else [])]
+    return [
+        _largest(samples, [groups[0] for groups in steps], strategy),
+        *([_largest(samples, after, strategy)] if after else []),
+    ]
 
 
-def _largest(samples: TokenSet, groups: Sequence[_Group]) -> _Group:
-    return max(groups, key=lambda group: _size(samples, group))
+def _largest(samples: TokenSet, groups: Sequence[_Group], strategy: Strategy) -> _Group:
+    return max(groups, key=lambda group: _size(samples, group, strategy))
 
 
-def _width(samples: TokenSet, group: _Group) -> int:
-    width = max(sum(int(samples.lengths[index]) for index in row) for row in group)
+def _width(samples: TokenSet, group: _Group, strategy: Strategy) -> int:
+    width = max(row_width(samples, row, share=strategy.share_prefixes) for row in group)
     return rounded(width) if len(group) == 1 and len(group[0]) > 1 else width
 
 
-def _size(samples: TokenSet, group: _Group) -> tuple[int, int]:
+def _size(samples: TokenSet, group: _Group, strategy: Strategy) -> tuple[int, int]:
     """Positions of a micro-batch; of equals, that with more targets is the larger."""
-    return len(group) * _width(samples, group), sum(int(samples.trained_counts[index]) for row in group for index in row)
+    return len(group) * _width(samples, group, strategy), sum(
+        int(samples.trained_counts[index]) for row in group for index in row
+    )

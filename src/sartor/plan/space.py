@@ -38,6 +38,7 @@ def candidates(setting: Setting, row_capacity: int, processes: int = 1) -> Itera
                 micro_batch=micro_batch,
                 recompute=recompute,
                 attention=setting.attention,
+                share_prefixes=wanted.share_prefixes,
                 layout=layout,
                 processes=processes,
                 expandable_segments=setting.expandable_segments,

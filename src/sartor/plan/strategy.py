@@ -51,6 +51,8 @@ class Strategy:
     recompute: bool
     attention: str | None
     """transformers' name of the attention kernel; None leaves it to transformers."""
+    share_prefixes: bool = False
+    """Whether what the examples of a row begin with lies there once."""
     layout: Layout = field(default_factory=Layout)
     """Over how many devices, and how."""
     processes: int = 1
@@ -70,6 +72,7 @@ class Strategy:
         """The strategy in a sentence."""
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
         rows += ", joined" if self.joined and self.micro_batch > 1 else ""
+        rows += ", shared beginnings computed once" if self.share_prefixes else ""
         activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""

@@ -56,6 +56,7 @@ class Timing:
             strategy.row_capacity,
             strategy.layout.data,
             strategy.processes,
+            strategy.share_prefixes,
         )
 
     def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: float) -> TimeForecast:
@@ -114,7 +115,7 @@ class Timing:
     def _trace_typical(self, strategy: Strategy) -> tuple[Operations, int]:
         setting = self.setting
         rows = [list(row) for row in self.workload(strategy).typical]
-        batch = collate(setting.sets.train, rows, pad_id=0, packing=strategy.packing)
+        batch = collate(setting.sets.train, rows, pad_id=0, packing=strategy.packing, share=strategy.share_prefixes)
         ledger = trace_job(
             setting.job,
             setting.source,
@@ -127,7 +128,9 @@ class Timing:
         )
         return ledger.operations, int(batch.input_ids_RT.size)
 
-    def _sample(self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int, processes: int) -> Workload:
+    def _sample(
+        self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int, processes: int, share: bool
+    ) -> Workload:
         return sample_workload(
             self.setting.sets.train,
             self.setting.order,
@@ -137,4 +140,5 @@ class Timing:
             joined=joined,
             data_ranks=ranks,
             processes=processes,
+            share=share,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from sartor.data import TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import fill_rows, micro_batches, shares
+from sartor.data.pack import fill_rows, micro_batches, row_width, shares
 
 SAMPLED_STEPS = 64
 """Evenly spread over the run; steps are random draws of the same data."""
@@ -41,9 +41,10 @@ def sample_workload(
     joined: bool = False,
     data_ranks: int = 1,
     processes: int = 1,
+    share: bool = False,
 ) -> Workload:
     """Look at steps of the run, in its own order, cut into micro-batches as a strategy does: those of all `processes` together,
-    which share a machine and its rates."""
+    which share a machine and its rates. `share`: what a row's examples begin with lies there once."""
     steps = np.unique(np.linspace(0, order.total_steps - 1, SAMPLED_STEPS).astype(int))
     groups: list[list[list[int]]] = []
     counts, tokens, sequences = [], 0, 0
@@ -58,7 +59,7 @@ def sample_workload(
         counts.append(-(-len(cut) // data_ranks))
         tokens += int(samples.lengths[indices].sum())
         sequences += len(indices)
-    positions = np.array([_positions(group, samples.lengths) for group in groups])
+    positions = np.array([_positions(samples, group, share=share) for group in groups])
     nearest = int(np.abs(positions - positions.mean()).argmin())
     return Workload(
         micro_batches=float(np.mean(counts)),
@@ -70,5 +71,5 @@ def sample_workload(
     )
 
 
-def _positions(group: Sequence[Sequence[int]], lengths: np.ndarray) -> int:
-    return len(group) * max(sum(int(lengths[index]) for index in row) for row in group)
+def _positions(samples: TokenSet, group: Sequence[Sequence[int]], *, share: bool) -> int:
+    return len(group) * max(row_width(samples, row, share=share) for row in group)

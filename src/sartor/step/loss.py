@@ -36,6 +36,7 @@ class TensorBatch:
     columns_N: np.ndarray
     segments: tuple[tuple[int, ...], ...] = ()
     """As in `Batch`: Python integers, so that no shape depends on a tensor's values."""
+    continues: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, batch: Batch, device: str | torch.device) -> TensorBatch:
@@ -47,6 +48,7 @@ class TensorBatch:
             position_ids_RT=None if positions is None else torch.as_tensor(positions, device=device),
             kept_K=torch.as_tensor(batch.kept_K, device=device),
             segments=batch.segments,
+            continues=batch.continues,
             rows_N=rows_N,
             columns_N=columns_N,
         )
@@ -83,7 +85,8 @@ class SumLoss:
     def __call__(self, model: nn.Module, batch: TensorBatch, *, factor: float = 1.0) -> Tensor:
         if not (self._by_segments and batch.segments):
             return self._sum(model, batch, factor)
-        with segments_are(Segments(batch.segments, batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)):
+        ids_RT = batch.input_ids_RT
+        with segments_are(Segments(batch.segments, ids_RT.shape[1], continues=batch.continues, device=ids_RT.device)):
             return self._sum(model, batch, factor)
 
     def _sum(self, model: nn.Module, batch: TensorBatch, factor: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,9 @@ def mixes_examples(model: nn.Module, vocab_size: int) -> str:
     model.eval()
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randint(0, vocab_size, (length,), generator=generator) for length in _LENGTHS]
-    packed = _logits(model, examples, device)
-    alone = torch.cat([_logits(model, [example], device) for example in examples])
+    alone = [_logits(model, [example], device) for example in examples]
+    difference = _difference(_logits(model, examples, device), torch.cat(alone))
     model.train(training)
-    difference = float((packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
     if difference <= _TOLERANCE.get(dtype, 5e-2):
         return ""
     return (
@@ -42,11 +42,47 @@ def mixes_examples(model: nn.Module, vocab_size: int) -> str:
     )
 
 
-def _logits(model: nn.Module, examples: list[Tensor], device: torch.device) -> Tensor:
+def cannot_share_prefixes(model: nn.Module) -> str:
+    """Why examples cannot share the computation of what they begin with, or nothing. `model` may live on the meta device."""
+    drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    drops += [name for name, value in config.items() if "drop" in name and isinstance(value, float) and value > 0]
+    return f"dropout ({drops[0]}) would be the same for all that share a beginning" if drops else ""
+
+
+@torch.no_grad()
+def splits_prefixes(model: nn.Module, vocab_size: int) -> str:
+    """How much examples that share their beginning differ from the same examples alone, in words; nothing where they agree."""
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    head, *tails = [torch.randint(0, vocab_size, (length,), generator=generator) for length in (7, *_LENGTHS)]
+    alone = [_logits(model, [torch.cat([head, tail])], device)[len(head) :] for tail in tails]
+    shared = _logits(model, [head, *tails], device, continues=[-1] + [0] * len(tails))[len(head) :]
+    difference = _difference(shared, torch.cat(alone))
+    model.train(training)
+    if difference <= _TOLERANCE.get(dtype, 5e-2):
+        return ""
+    return (
+        f"the logits of examples of {type(model).__name__} that share their beginning differ by {difference:.1%} from those they "
+        "have alone"
+    )
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-6))
+
+
+def _logits(model: nn.Module, examples: list[Tensor], device: torch.device, continues: Sequence[int] = ()) -> Tensor:
     """Of these examples in a row, as a training step computes them."""
     ids = torch.cat(examples)[None].to(device)
-    positions = torch.cat([torch.arange(len(example)) for example in examples])[None].to(device)
-    segments = Segments([[len(example) for example in examples]], ids.shape[1]) if attends_by_segments(model) else None
+    starts = [len(examples[parent]) if parent >= 0 else 0 for parent in continues or [-1] * len(examples)]
+    positions = torch.cat([torch.arange(len(e)) + start for e, start in zip(examples, starts, strict=True)])[None].to(device)
+    segments = None
+    if attends_by_segments(model):
+        lengths = [[len(example) for example in examples]]
+        segments = Segments(lengths, ids.shape[1], continues=[continues] if continues else ())
     with segments_are(segments):
         output = model(input_ids=ids, position_ids=positions, use_cache=False)
     return output.logits[0].float()  # type: ignore[no-any-return]

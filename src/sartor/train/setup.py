@@ -31,7 +31,7 @@ from sartor.placement import PlacedStep
 from sartor.placement.save import load_model
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
-from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step
+from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step, splits_prefixes
 from sartor.train.checkpoint import restore_adapter
 from sartor.train.placed import build_placed, head_present
 
@@ -61,6 +61,7 @@ class Workbench:
             micro_batch=strategy.micro_batch,
             pad_id=self.pad_id,
             joined=self.packing and strategy.joined,
+            share=strategy.share_prefixes,
         )
 
     def expect(self, plan: Plan, samples: TokenSet, indices: Any) -> bool:
@@ -107,6 +108,8 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
             source, dtype=load_dtype(plan), device=strategy.device, attention=strategy.attention, seed=seed, quantise=job.quantise
         )
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
+    if strategy.share_prefixes:
+        _check_prefixes(model, source.vocab_size)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     with contextlib.nullcontext() if placed is None else head_present(placed):
         step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
@@ -161,6 +164,14 @@ def _packs(plan: Plan, model: nn.Module, vocab_size: int, say: Callable[[str], N
         )
     say(f"not packed after all: {mixed}")
     return False
+
+
+def _check_prefixes(model: nn.Module, vocab_size: int) -> None:
+    """Raises JobError where the real model does not compute a beginning that examples share as it computes it in each."""
+    if why := splits_prefixes(model, vocab_size):
+        raise JobError(
+            "`strategy.share_prefixes` is true, but this model cannot share them", why=why, remedy="strategy.share_prefixes=false"
+        )
 
 
 def adopt(plan: Plan, bench: Workbench, checkpoint: Path) -> None:
