@@ -5,6 +5,7 @@
     python benchmarks/cpu.py --check          losses of the first steps on one batch: do all train on the same tokens?
     python benchmarks/cpu.py --curve          200 steps against the float32 reference: every step, and the held-out loss
     python benchmarks/cpu.py --processes      two bound processes against one with all threads: speed and losses
+    python benchmarks/cpu.py --option int8    products with frozen weights in int8 against exact ones (or: prefixes): speed and losses
     python benchmarks/cpu.py --first-step     from `sartor train` to the end of the first step, caches cold and warm
 
 Data are instructions and answers of Alpaca, the loss is on the answers; models are Llamas with random weights and GPT-2's
@@ -277,15 +278,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="where the temporary folder is made")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--curve", nargs="*", metavar="PRECISION", help="modes to compare with float32; default: auto")
-    parser.add_argument("--steps", type=int, default=200, help="of --curve")
+    parser.add_argument("--steps", type=int, default=200, help="of --curve and --option")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--option", choices=list(sartor_only.OPTIONS))
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    alone = options.curve is not None or options.first_step or options.processes
+    alone = options.curve is not None or options.first_step or options.processes or options.option
     names, pythons = ([], {}) if alone else available(options.only, options.peer_python)
     jobs = [(shape, method) for shape in options.shapes for method in options.methods]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
@@ -299,6 +301,11 @@ def main() -> None:
             pair = list(sartor_only.PROCESSES)
             done = [compare(bench, *job, pair, options.examples, options.rounds) for job in jobs]
             kind, results = "cpu-processes", [sartor_only.processes(result) for result in done]
+        elif options.option:
+            pair = ["sartor", sartor_only.OPTIONS[options.option]]
+            done = [compare(bench, *job, pair, options.examples, options.rounds) for job in jobs]
+            kind = f"cpu-{options.option}"
+            results = [sartor_only.option(bench, options.option, result, options.steps) for result in done]
         elif options.first_step:
             kind, results = "cpu-first-step", [sartor_only.first_step(bench, *job) for job in jobs]
         else:

@@ -41,6 +41,10 @@ ENTRANTS = {
     "sartor-float32": Entrant(package="sartor", overrides=("precision=float32",), float32=True),
     # Two processes, each bound to its part of the machine, against one that uses all of it.
     "sartor-2-processes": Entrant(package="sartor", overrides=("strategy.processes=2",)),
+    # What changes the result and has to be asked for: products with frozen weights in int8; and what changes its rounding: the
+    # beginnings that examples have in common computed once.
+    "sartor-int8": Entrant(package="sartor", overrides=("strategy.frozen_products=int8",)),
+    "sartor-shared-prefixes": Entrant(package="sartor", overrides=("strategy.share_prefixes=true",)),
     # (a) Hugging Face's Trainer, PEFT for LoRA: nothing set but the batch
     "hf": Entrant(package="transformers", script="hf_trainer.py", float32=True),
     # (b) the same tuned: bf16 autocast, fused AdamW, batches of like length, a worker;

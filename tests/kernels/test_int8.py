@@ -15,8 +15,11 @@ from sartor.errors import JobError
 from sartor.job import from_mapping
 from sartor.kernels import int8
 from sartor.machine import probe
+from sartor.machine.calibration import CALIBRATION_VERSION, Calibration
 from sartor.plan.products import frozen_products
+from sartor.predict.rates import CalibratedRates
 from sartor.train import read_metrics
+from support import device_rates
 
 
 def passed(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +70,24 @@ def test_jobs_that_cannot_have_them() -> None:
         frozen_products(from_mapping(tree), dataclasses.replace(fast(), instruction_sets=("avx2",)))
 
 
+def check_products(plan: sartor.Plan) -> None:
+    """The trace has them in int8, and they take the time of the calibration's rates for int8."""
+    products = [
+        (segment.kind, operation)
+        for segment, operation, _ in plan.forecast.stages[0].step()
+        if operation.family == "matmul" and operation.dtype == "int8"
+    ]
+    assert {kind for kind, _ in products} == {"forward", "backward"}
+    rates = device_rates()
+    fast = tuple(dataclasses.replace(one, dtype="int8", flops_per_second=4 * one.flops_per_second) for one in rates.matmul)
+    with_int8 = dataclasses.replace(rates, matmul=(*rates.matmul, *fast))
+    known, unknown = (
+        CalibratedRates(Calibration(version=CALIBRATION_VERSION, key="", measured="", seconds=1.0, device=device))
+        for device in (with_int8, rates)
+    )
+    assert all(known.seconds(operation, kind) < unknown.seconds(operation, kind) for kind, operation in products)
+
+
 def test_a_run_is_near_the_exact_one_and_forecast_with_smaller_weights(job_tree: dict[str, Any]) -> None:
     if not set(probe().instruction_sets) & set(int8.FAST_INT8):
         pytest.skip("this CPU has no fast int8 products")
@@ -82,6 +103,7 @@ def test_a_run_is_near_the_exact_one_and_forecast_with_smaller_weights(job_tree:
     with pytest.raises(JobError, match=r"strategy\.placement"):
         sartor.plan({**trees["int8"], "strategy": {"frozen_products": "int8", "placement": "disk"}})
     assert any("not exact" in note for note in plans["int8"].notes)
+    check_products(plans["int8"])
     for plan in plans.values():
         sartor.train(plan)
     losses = {
