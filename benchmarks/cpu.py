@@ -5,7 +5,7 @@
     python benchmarks/cpu.py --check          losses of the first steps on one batch: do all train on the same tokens?
     python benchmarks/cpu.py --curve          200 steps against the float32 reference: every step, and the held-out loss
     python benchmarks/cpu.py --processes      two bound processes against one with all threads: speed and losses
-    python benchmarks/cpu.py --option int8    products with frozen weights in int8 against exact ones (or: prefixes): speed and losses
+    python benchmarks/cpu.py --option int8    with and without products in int8 (or: prefixes, shared ones): speed, held-out loss
     python benchmarks/cpu.py --first-step     from `sartor train` to the end of the first step, caches cold and warm
 
 Data are instructions and answers of Alpaca, the loss is on the answers; models are Llamas with random weights and GPT-2's

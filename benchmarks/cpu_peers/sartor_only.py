@@ -1,5 +1,5 @@
-"""What concerns Sartor alone: bf16 against its float32 reference, two processes against one, options that have to be asked for, and
-the time to the first step."""
+"""What concerns Sartor alone: bf16 against its float32 reference, two processes against one, options that have to be asked for,
+and the time to the first step."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def processes(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def option(bench: Any, name: str, result: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What an option makes of Sartor's speed, from a comparison with and without; and of the held-out loss after `steps` steps."""
+    """What an option makes of Sartor's speed, from a comparison of both, and of the held-out loss after `steps` steps."""
     plain, with_it = (result["runs"][entrant] for entrant in ("sartor", OPTIONS[name]))
     if failed := [run["failed"] for run in (*plain, *with_it) if "failed" in run]:
         raise SystemExit(failed[0])
