@@ -176,7 +176,7 @@ def test_padding_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("window", "heads"), [(0, 2), (9, 4)])
-def test_segments_that_continue_another_one_attend_to_both(window: int, heads: int) -> None:
+def test_segments_that_continue_another_one_attend_to_both(way: str, window: int, heads: int) -> None:
     """Two beginnings, one of them shared by segments of several lengths, one of them long; and a segment of its own."""
     lengths, parents = [[11, 5, 7, 140, 5, 3, 20, 4, 4]], [[-1, 0, 0, 0, 0, -1, -1, 6, 6]]
     generator = torch.Generator().manual_seed(0)
