@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from sartor.kernels import attention
-from sartor.kernels.attention import NAME, Segments, segment_attention, segments_are, unsuited
+from sartor.kernels.attention import NAME, segment_attention, segments_are, unsuited
 from sartor.kernels.native import products_library
+from sartor.kernels.segments import Segments
 from sartor.model import ModelSource, build, skeleton
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}

@@ -89,7 +89,8 @@ def unfuse(model: nn.Module) -> None:
 def as_jobs_run(model: Any, tokens: int) -> Iterator[bool]:
     """Within it `model` computes single rows of so many tokens as a job on this CPU does; whether that is other than its own
     code."""
-    from sartor.kernels.attention import NAME, Segments, register, segments_are
+    from sartor.kernels.attention import NAME, register, segments_are
+    from sartor.kernels.segments import Segments
 
     register()
     model.set_attn_implementation(NAME)

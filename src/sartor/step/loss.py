@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sartor.data.pack import IGNORE, Batch
-from sartor.kernels.attention import Segments, attends_by_segments, segments_are
+from sartor.kernels.attention import attends_by_segments, segments_are
 from sartor.kernels.loss import linear_cross_entropy
+from sartor.kernels.segments import Segments
 from sartor.step.head import Head, Unreadable, find_head, hidden_states
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sartor.kernels.attention import Segments, attends_by_segments, segments_are
+from sartor.kernels.attention import attends_by_segments, segments_are
+from sartor.kernels.segments import Segments
 
 _LENGTHS = (5, 9, 3)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
