@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -50,7 +49,9 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     attention, attention_note = choose_attention(job, method, source, machine)
     packing, note = _packing(job, method, model, dense=machine.device.kind == "cpu" and attention != SEGMENTS)
     if job.strategy.share_prefixes:
-        _check_prefixes(job, model, packing=packing, segments=attention == SEGMENTS, reasons=(attention_note, note))
+        _check_prefixes(
+            job, model, packing=packing, segments=attention == SEGMENTS, attention_note=attention_note, packing_note=note
+        )
     job, longest = _resolved(job, source, method)
     tokenizer = None if job.data.synthetic else load_tokenizer(job.model)
     sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
@@ -148,12 +149,12 @@ def _packing(job: Job, method: MethodTraits, model: nn.Module, *, dense: bool) -
     return not reason, f"not packed: {reason}" if reason else ""
 
 
-def _check_prefixes(job: Job, model: nn.Module, *, packing: bool, segments: bool, reasons: Sequence[str]) -> None:
+def _check_prefixes(job: Job, model: nn.Module, *, packing: bool, segments: bool, attention_note: str, packing_note: str) -> None:
     """Raises JobError where examples cannot share the computation of what they begin with."""
     if not segments:
-        why = next(filter(None, reasons), "") or "it needs attention by segments, on a CPU"
+        why = attention_note or "it needs attention by segments, on a CPU"
     elif not packing:
-        why = next(filter(None, reasons), "") or "a row holds one example (data.packing is false)"
+        why = packing_note or "a row holds one example (data.packing is false)"
     elif job.lora.dropout > 0 and job.method in ("lora", "qlora"):
         why = "dropout (lora.dropout) would be the same for all that share a beginning"
     else:
