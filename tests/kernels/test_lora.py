@@ -43,7 +43,7 @@ def test_it_is_the_layer_and_its_adapter(dtype: torch.dtype, rows: int, inside: 
     for one, other in pairs:
         assert one.dtype == dtype
         error = (one.double() - other).norm() / other.norm()
-        assert error < (1e-6 if dtype == torch.float32 else 3e-3)
+        assert error < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def adapted(**options: object) -> nn.Module:
