@@ -151,8 +151,11 @@ class TrainingJob:
     weight_decay: float = option(0.0, "decoupled weight decay on matrices (not on norms and biases)", at_least=0)
     betas: list[float] = option(lambda: [0.9, 0.999], "Adam's decay rates of the first and second moment")
     epsilon: float = option(1e-8, "Adam's epsilon", above=0)
-    optimizer: Literal["adamw", "adamw-foreach", "sgd"] = option(
-        "adamw", "adamw (fused), adamw-foreach (PyTorch's default on accelerators, takes temporaries of all it trains), sgd"
+    optimizer: Literal["adamw", "adamw-foreach", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"] = option(
+        "adamw",
+        "adamw (fused), adamw-foreach (PyTorch's default on accelerators, takes temporaries of all it trains), sgd; for one "
+        "device, by bitsandbytes (a plan needs nothing more, training `pip install 'sartor[quant]'`): adamw-8bit (moments in "
+        "8 bits, so not exact), paged-adamw and paged-adamw-8bit (CUDA: moments move to the host when room is short)",
     )
     loss: Literal["sartor", "hf"] = option(
         "sartor", "sartor (logits where the mask is set only), hf (transformers' own, all of them)"

@@ -20,6 +20,7 @@ from sartor.predict.target import Target
 from sartor.predict.time import TimeForecast
 from sartor.predict.whole import trace_job
 from sartor.step import Precision
+from sartor.step.blockwise import moment_bytes
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _REDUCED = 4
@@ -146,7 +147,7 @@ class Estimator:
         if self.setting.method.adapter:
             frozen = held.total
         stored = frozen * _WIDTH[precision.weights] + held.trained * _WIDTH[precision.trained]
-        moments = 2 * held.trained * _WIDTH[precision.trained] if self.setting.job.training.optimizer != "sgd" else 0
+        moments = held.trained * moment_bytes(self.setting.job.training.optimizer, _WIDTH[precision.trained])
         gradients = held.trained * _WIDTH[precision.trained] / (layout.shared if layout.zero >= 2 else 1)
         buffers = (held.root + 2 * held.block if layout.zero == 3 else held.total + held.block) * gathered
         if not self.setting.method.adapter:

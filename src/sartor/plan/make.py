@@ -27,6 +27,7 @@ from sartor.predict import MemoryForecast, count_trained
 from sartor.predict.allocator_setting import expandable_segments
 from sartor.predict.time import TimeForecast
 from sartor.step import FAST_BF16, Precision, cannot_pack, cannot_share_prefixes
+from sartor.step.blockwise import check_optimizer, is_blockwise
 
 LONGEST_DEFAULT = 2048
 """Tokens of `data.max_length` where the job leaves it open and the model allows more."""
@@ -42,6 +43,9 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     check_trainable(source)
     method = traits(job)
     inexact = frozen_products(job, machine)
+    stages = job.strategy.pipeline == machine.devices  # each of which holds whole tensors
+    processes = 1 if job.strategy.processes == "auto" else job.strategy.processes
+    check_optimizer(job.training.optimizer, machine.device.kind, devices=1 if stages else machine.devices, processes=processes)
     instructions, optimizer = machine.instruction_sets, job.training.optimizer
     precision = Precision.resolve(job.precision, machine.device.kind, instruction_sets=instructions, optimizer=optimizer)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
@@ -99,6 +103,7 @@ def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast,
     asked = choice.forecast.process_bytes is not None and (
         wanted == "disk" or (wanted == "auto" and choice.forecast.verdict == "does not fit")
     )
+    asked = asked and not is_blockwise(setting.job.training.optimizer)  # which updates on the device only
     found = place_fastest(setting, choice.strategy, choice.forecast, choice.time) if asked else None
     if isinstance(found, tuple):
         return *found, None

@@ -11,6 +11,7 @@ from sartor.machine import Machine
 from sartor.machine.probe import usable_cpus
 from sartor.machine.topology import clusters
 from sartor.predict.time import TimeForecast
+from sartor.step.blockwise import is_blockwise
 
 
 def possible_processes(job: Job, machine: Machine, usable: Collection[int] | None = None) -> list[int]:
@@ -19,7 +20,7 @@ def possible_processes(job: Job, machine: Machine, usable: Collection[int] | Non
     wanted = job.strategy.processes
     most = min(job.training.global_batch, machine.threads)
     if wanted == "auto":
-        if machine.device.kind != "cpu" or machine.elsewhere:
+        if machine.device.kind != "cpu" or machine.elsewhere or is_blockwise(job.training.optimizer):
             return [1]
         several = min(len(clusters(machine.topology, usable_cpus() if usable is None else usable)), most)
         return [several, 1] if several > 1 else [1]

@@ -13,6 +13,8 @@ from sartor.predict.operations import Operations
 MOST_MODULES = 12
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
+PAGED = "paged"
+"""Kind of what lives in CUDA's unified memory, beside the device's allocator."""
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
@@ -53,6 +55,17 @@ class Ledger:
     """Storages whose size is no straight line in the rows of a micro-batch, and what it follows from."""
     operations: Operations = field(default_factory=Operations)
     """What the step computes; `events` are what it allocates."""
+
+    paged_bytes: int = 0
+    """What is paged, once it has been set apart."""
+
+    def set_paged_apart(self) -> Ledger:
+        """The ledger of what the device's allocator gives; how much is paged beside it is said in bytes."""
+        paged = {storage for storage, kind in self.kinds.items() if kind == PAGED}
+        if paged:
+            self.paged_bytes = sum(event.size_bytes for event in self.events if event.storage in paged)
+            self.events = [event for event in self.events if event.storage not in paged]
+        return self
 
     def peak(self) -> Peak:
         """The highest sum of live bytes, with its parts."""

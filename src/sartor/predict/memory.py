@@ -74,6 +74,9 @@ class MemoryForecast:
     """Where ranks differ (pipeline stages): one of each kind, this one among them."""
     host_bytes: int | None = None
     """Resident memory of the process on the host, where tensors are on an accelerator; None where it is not forecast."""
+    paged_bytes: int = 0
+    """What a paged optimizer keeps in CUDA's unified memory: on the device while there is room beside all that was forecast for
+    it, else on the host. In `host_bytes`, since there has to be room for it."""
 
     @property
     def interval(self) -> tuple[int, int] | None:
@@ -90,7 +93,10 @@ class MemoryForecast:
             "verdict": self.verdict,
             "reason": self.reason,
             "device": [rank.device_mapping() for rank in (self.ranks or (self,))],
-            "host": {"rss_bytes": self.process_bytes if on_host else self.host_bytes},
+            "host": {
+                "rss_bytes": self.process_bytes if on_host else self.host_bytes,
+                "paged_bytes": self.paged_bytes,
+            },
             "breakdown": None
             if peak is None
             else {**peak.by_kind, "process": self.baseline_bytes, "allocator": self.allocator_bytes},
@@ -193,13 +199,15 @@ def _forecast(
     ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments, work.steps) for rank, ledger in ledgers]
     fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
+    paged = max(ledger.paged_bytes for _, ledger in ledgers)
     seconds = time.perf_counter() - start
     width = layout.devices // layout.pipeline
     return dataclasses.replace(
         fullest,
         ranks=tuple(ranks) if len(ranks) > 1 else (),
         stages={rank // width: ledger.operations for rank, ledger in ledgers},
-        host_bytes=host,
+        host_bytes=None if host is None else host + paged,
+        paged_bytes=paged,
         trace_seconds=seconds,
     )
 

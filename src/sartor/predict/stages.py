@@ -144,7 +144,8 @@ class _Tracing:
             made.prepare(TensorBatch.of(self.batches[0], "cpu"))
             return made
 
-        return expand(trace_steps(stage, step_of, self.batches, target=self.target, reduction=reduction), reduction)
+        ledger = trace_steps(stage, step_of, self.batches, target=self.target, reduction=reduction)
+        return expand(ledger, reduction).set_paged_apart()
 
 
 class _Said:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sartor.data.pack import Batch
 from sartor.model.regions import Reduction
-from sartor.predict.ledger import Ledger
+from sartor.predict.ledger import PAGED, Ledger
 from sartor.predict.target import Target
 from sartor.predict.tracker import OUTSIDE, StorageTracker
 from sartor.predict.world import wrappers_watched
@@ -194,6 +194,7 @@ def _clip_and_update(tracker: StorageTracker, step: TrainStep | PipelineStep, *,
     for parameter, state in step.optimizer.state.items():
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
         tracker.mark(tensors, "optimizer")
+        tracker.mark([tensor for tensor in tensors if getattr(tensor, "is_paged", False)], PAGED)
         for tensor in tensors:
             tracker.belongs(tensor, tracker.unit_of(parameter))
 

@@ -84,7 +84,7 @@ def trace_job(
                 target=target,
                 reduction=reduction,
             )
-        return expand(ledger, reduction)
+        return expand(ledger, reduction).set_paged_apart()
 
     with fake_world(layout, rank=rank) as mesh, target.rules():
         try:

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from sartor.job.schema import TrainingJob
 from sartor.kernels.adam import RESIDUAL, MasterAdamW
+from sartor.step.blockwise import is_blockwise, make_blockwise
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob, *, masters: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], job: TrainingJob, *, masters: bool = False, kind: str = ""
+) -> torch.optim.Optimizer:
     """The job's optimizer; AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) by default. Weight decay acts on matrices only.
 
-    `masters`: the parameters are bfloat16 halves of float32 (`sartor.kernels.adam`).
+    `masters`: the parameters are bfloat16 halves of float32 (`sartor.kernels.adam`). `kind`: of the device that a traced model
+    stands for.
     """
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
@@ -26,6 +30,8 @@ def make_optimizer(parameters: dict[str, nn.Parameter], job: TrainingJob, *, mas
         return MasterAdamW(groups, lr=0.0, betas=betas, eps=job.epsilon, weight_decay=0.0, start=start)
     if job.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
+    if is_blockwise(job.optimizer):
+        return make_blockwise(job.optimizer, groups, kind=kind, betas=(job.betas[0], job.betas[1]), eps=job.epsilon)
     kernel = {"fused": True} if job.optimizer == "adamw" else {"foreach": True}
     return torch.optim.AdamW(groups, lr=0.0, betas=(job.betas[0], job.betas[1]), eps=job.epsilon, **kernel)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sartor.kernels.adam import MasterAdamW, gradient_norm
+from sartor.step.blockwise import put_state, state_of
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.precision import Precision
 from sartor.step.processes import GradientSum, World, lookup_table
@@ -116,14 +117,14 @@ class TrainStep:
         """The optimizer's state of a parameter; where processes share it, whole, in the first of them."""
         if isinstance(self.shared, SharedGradients):
             return self.shared.state(parameter, self.optimizer)
-        return {key: torch.as_tensor(value) for key, value in self.optimizer.state[parameter].items()}
+        return state_of(self.optimizer, parameter)
 
     def put_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Take over what `state_of` gave, in this run or in another one."""
         if isinstance(self.shared, SharedGradients):
             self.shared.put_state(parameter, self.optimizer, key, value)
         else:
-            self.optimizer.state[parameter][key] = value.to(parameter.device)
+            put_state(self.optimizer, parameter, key, value)
 
 
 def share_step(step: TrainStep, world: World) -> None:

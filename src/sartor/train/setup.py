@@ -32,6 +32,7 @@ from sartor.placement.save import load_model
 from sartor.plan import Plan, batch_order, load_dtype
 from sartor.predict.allocator_setting import set_expandable_segments
 from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step, splits_prefixes
+from sartor.step.blockwise import check_installed
 from sartor.train.checkpoint import restore_adapter
 from sartor.train.placed import build_placed, head_present
 
@@ -234,6 +235,7 @@ def check_runnable(plan: Plan, world: World) -> None:
             f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
             remedy="`sartor plan` it here; train it there, or with machine=auto",
         )
+    check_installed(plan.job.training.optimizer)
     quantise = plan.job.quantise
     if quantise is not None:
         check_loadable(resolve(plan.job.model), quantise)

@@ -1,0 +1,184 @@
+"""bitsandbytes' AdamW with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861), in memory that is paged, or both.
+
+Training takes bitsandbytes' own optimizer; the forecast a stand-in that keeps and allocates what bitsandbytes 0.50 does
+(optim/optimizer.py, backends/cuda/ops.py, backends/cpu/ops.py) without computing anything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.errors import JobError
+from sartor.kernels.native import operator
+
+BITS = {"adamw-8bit": 8, "paged-adamw": 32, "paged-adamw-8bit": 8}
+"""Of a moment, by `training.optimizer`."""
+SMALLEST = 4096
+"""Elements from which on a parameter's moments have 8 bits (`min_8bit_size`)."""
+BLOCK = 256
+"""Elements that share a scale."""
+SMALLEST_PAGED = 100_000
+"""Elements from which on they are paged (`get_state_buffer`)."""
+_CODES = ("qmap1", "qmap2")
+"""What the 256 values of 8 bits mean: the same for all parameters, and made anew when a run goes on."""
+
+
+def is_blockwise(name: str) -> bool:
+    """Whether `training.optimizer` is bitsandbytes'."""
+    return name in BITS
+
+
+def is_paged(name: str) -> bool:
+    """Whether its moments are in CUDA's unified memory: on the device while there is room, else on the host."""
+    return name.startswith("paged-")
+
+
+def moment_bytes(name: str, width: int) -> float:
+    """Bytes on the device that an optimizer keeps of each parameter, in large tensors of `width` bytes an element."""
+    if name == "sgd" or is_paged(name):
+        return 0
+    return 2 * (1 + 4 / BLOCK) if is_blockwise(name) else 2 * width
+
+
+def check_optimizer(name: str, device_kind: str, *, devices: int = 1, processes: int = 1) -> None:
+    """Raises JobError where a job cannot have this optimizer; a forecast needs nothing installed."""
+    if not is_blockwise(name):
+        return
+    if is_paged(name) and device_kind != "cuda":
+        raise JobError(
+            f"`training.optimizer` is {name}, and the job computes on a device of kind {device_kind}",
+            why="what is paged lives in CUDA's unified memory",
+            remedy=f"training.optimizer={name.removeprefix('paged-')}",
+        )
+    if processes > 1:
+        raise JobError(
+            f"`training.optimizer` is {name}, and `strategy.processes` is {processes}",
+            why="processes share the moments out, and 8 bits of them have a scale for 256 together",
+            remedy="strategy.processes=1, or training.optimizer=adamw",
+        )
+    if devices > 1:
+        raise JobError(
+            f"`training.optimizer` is {name}, and the job is for {devices} devices",
+            why="bitsandbytes' kernels update whole tensors, not FSDP2's shards of them",
+            remedy="training.optimizer=adamw (FSDP2 shares its moments out), or a machine with one device",
+        )
+
+
+def check_installed(name: str) -> None:
+    """Raises JobError where training with this optimizer lacks bitsandbytes."""
+    if is_blockwise(name) and importlib.util.find_spec("bitsandbytes") is None:
+        raise JobError(
+            f"`training.optimizer` is {name}, and bitsandbytes is not installed",
+            why="it holds the moments and does the arithmetic; only the forecast does without",
+            remedy="pip install 'sartor[quant]', or training.optimizer=adamw",
+        )
+
+
+def make_blockwise(name: str, groups: list[dict[str, Any]], *, kind: str = "", **options: Any) -> torch.optim.Optimizer:
+    """The optimizer of a run; with `kind`, the device that a forecast is for, its stand-in. Raises JobError."""
+    if kind:
+        return StandIn(groups, bits=BITS[name], paged=is_paged(name), kind=kind)
+    check_installed(name)
+    from bitsandbytes import optim  # type: ignore[import-not-found,unused-ignore]
+
+    classes = {"adamw-8bit": optim.AdamW8bit, "paged-adamw": optim.PagedAdamW32bit, "paged-adamw-8bit": optim.PagedAdamW8bit}
+    return classes[name](groups, lr=0.0, weight_decay=0.0, **options)  # type: ignore[no-any-return,unused-ignore]
+
+
+class StandIn(torch.optim.Optimizer):
+    """What bitsandbytes' optimizer keeps and allocates; its updates change nothing."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, bits: int, paged: bool, kind: str) -> None:
+        super().__init__(groups, {"lr": 0.0})
+        self.bits, self.paged, self.kind = bits, paged, kind
+        self.codes = [torch.empty(256) for _ in _CODES] if bits == 8 and kind == "cpu" else []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    self._begin(parameter, state)
+                update = _update_on_cpu if self.kind == "cpu" else _update_in_place
+                update(parameter, parameter.grad.contiguous(), state)
+
+    def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        small = self.bits == 32 or parameter.numel() < SMALLEST
+        if not small and not self.codes:
+            self.codes = [torch.empty(256) for _ in _CODES]  # moved to the device
+        dtype = torch.float32 if small else torch.uint8
+        for name in ("state1", "state2"):
+            state[name] = torch.zeros_like(parameter, dtype=dtype)
+            if self.paged and parameter.numel() >= SMALLEST_PAGED:
+                state[name].is_paged = True
+        if not small:
+            blocks = -(-parameter.numel() // BLOCK)
+            for name in ("absmax1", "absmax2"):
+                state[name] = torch.zeros(blocks, dtype=torch.float32)
+
+
+_adamw_blockwise = operator(
+    "adamw_blockwise_(Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second) -> ()",
+    lambda *_: None,
+    lambda *_: None,
+)
+
+
+def _update_in_place(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    """On CUDA: a kernel that takes nothing more."""
+    _adamw_blockwise(parameter, gradient, state["state1"], state["state2"])
+
+
+def _update_on_cpu(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    """On a CPU: PyTorch's operators, on float32 copies of it all."""
+    if state["state1"].dtype == torch.float32:
+        gradient, weight = gradient.float() * 1.0, parameter.float()
+        state["state1"].mul_(0.9).add_(gradient)
+        state["state2"].mul_(0.9).addcmul_(gradient, gradient)
+        update = state["state1"] / (state["state2"].sqrt() + 1.0)
+        weight.add_(update)
+        parameter.copy_(weight)
+        return
+    first, second = (state[name].float() for name in ("state1", "state2"))
+    gradient, weight = gradient.float() * 1.0, parameter.float()
+    first.mul_(0.9).add_(gradient)
+    second.mul_(0.9).addcmul_(gradient, gradient)
+    below = (second.sqrt() / 1.0).add_(1.0)
+    weight.addcdiv_(first, below)
+    parameter.copy_(weight)
+    for moment, name, scale in ((first, "state1", "absmax1"), (second, "state2", "absmax2")):
+        scales = torch.empty_like(state[scale])
+        bits = torch.empty_like(moment, dtype=torch.uint8)
+        state[name].copy_(bits)
+        state[scale].copy_(scales)
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a parameter's state, of any optimizer."""
+    return {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items() if key not in _CODES}
+
+
+def put_state(optimizer: Any, parameter: Tensor, key: str, value: Tensor) -> None:
+    """Take over what `state_of` gave. bitsandbytes makes its buffers itself, where they belong; they are filled."""
+    state = optimizer.state[parameter]
+    if not hasattr(optimizer, "init_state"):
+        state[key] = value.to(parameter.device)
+        return
+    if not state:
+        for at, group in enumerate(optimizer.param_groups):
+            for place, other in enumerate(group["params"]):
+                if other is parameter:
+                    optimizer.init_state(group, parameter, at, place)
+    if key == "step":
+        state[key] = int(value)
+    else:
+        state[key].copy_(value)
