@@ -59,6 +59,41 @@ def test_the_choice_is_that_of_trying_everything(job: dict[str, Any], room_gib: 
     assert (chosen.strategy.micro_batch, chosen.strategy.recompute) == (best.strategy.micro_batch, best.strategy.recompute)
 
 
+@pytest.fixture
+def narrow(tmp_path: Path) -> dict[str, Any]:
+    """Eight blocks, and activations that outweigh all else."""
+    LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return {
+        "model": str(tmp_path / "config.json"),
+        "data": {"synthetic": {"length": 512, "examples": 16}, "packing": False},
+        "method": "full",
+        "training": {"epochs": 1, "global_batch": 8},
+        "machine": "A10-24GB",
+    }
+
+
+def test_no_more_blocks_recompute_than_have_to(narrow: dict[str, Any]) -> None:
+    """Between the room that recomputing none takes and the room that recomputing all takes: with one block less it is tight."""
+    pinned: dict[str, Any] = {"micro_batch": 8}
+    needs = [planned(narrow, 24 * GIB, recompute=recompute, **pinned) for recompute in ("none", "full")]
+    none, full = (plan.forecast.process_bytes or 0 for plan in needs if plan is not None)
+    room = int((none + full) / 2 / 0.9)
+    chosen = planned(narrow, room, **pinned)
+    assert chosen is not None
+    count = chosen.strategy.recomputed
+    assert count is not None
+    assert 1 < count < 8
+    fewer, same = (planned(narrow, room, recompute=number, **pinned) for number in (count - 1, count))
+    assert fewer is None or fewer.forecast.verdict == "tight"
+    assert same is not None
+    assert same.strategy == chosen.strategy
+    assert same.forecast.process_bytes == chosen.forecast.process_bytes
+    assert seconds(same) == pytest.approx(seconds(chosen))
+    assert "blocks recomputed" in chosen.strategy.describe()
+
+
 def test_what_was_passed_over_is_named_with_a_reason(job: dict[str, Any]) -> None:
     plan = planned(job, 5 * GIB)
     assert plan is not None

@@ -204,7 +204,12 @@ class StrategyJob:
     """How to run it. Everything left at `auto` is planned; whatever is given is kept. `strategy: auto` leaves all open."""
 
     micro_batch: Literal["auto"] | int = option("auto", "rows computed at once; the rest of a step is accumulated", at_least=1)
-    recompute: Literal["auto", "none", "full"] = option("auto", "drop activations in forward and compute them again in backward")
+    recompute: Literal["auto", "none", "full"] | int = option(
+        "auto",
+        "drop activations in forward and compute them again in backward: none, full, or the number of blocks that do, the first "
+        "ones; `auto`: as few as let the job fit",
+        at_least=1,
+    )
     placement: Literal["auto", "device", "disk"] = option(
         "auto",
         "on a CPU, where weights, gradients and optimizer state live while nothing computes with them: device (in memory), disk "

@@ -1,6 +1,6 @@
 """Models: where they come from, how they are built, what they are made of."""
 
-from sartor.model.blocks import Anatomy, Stack, dissect
+from sartor.model.blocks import Anatomy, Stack, choosable_blocks, choose_recomputed, dissect
 from sartor.model.build import build, build_empty, build_lazily, check_trainable, skeleton
 from sartor.model.quantise import quantise_skeleton, weight_bytes
 from sartor.model.source import ModelSource, load_tokenizer, resolve, weights_folder
@@ -13,6 +13,8 @@ __all__ = [
     "build_empty",
     "build_lazily",
     "check_trainable",
+    "choosable_blocks",
+    "choose_recomputed",
     "dissect",
     "load_tokenizer",
     "quantise_skeleton",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+KEEPS = "keeps_activations"
+"""Attribute of a block whose activations are kept where other blocks recompute theirs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
@@ -47,6 +50,31 @@ def dissect(model: nn.Module) -> Anatomy:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied=_is_tied(model),
     )
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of the main stack, in the order of the forward pass."""
+    stack = max(_stacks(model), key=lambda stack: stack.parameters, default=None)
+    return [] if stack is None else list(model.get_submodule(stack.path).children())
+
+
+def choosable_blocks(model: nn.Module) -> int:
+    """How many blocks there are, where each can recompute by itself; else none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = blocks_of(model)
+    return len(blocks) if all(isinstance(block, GradientCheckpointingLayer) for block in blocks) else 0
+
+
+def choose_recomputed(model: nn.Module, recomputed: int | None) -> None:
+    """Let only the first so many blocks recompute, where recomputation is switched on; None: all.
+
+    The others are the last ones: backward passes free their activations before the first block is recomputed.
+    """
+    for place, block in enumerate(blocks_of(model)):
+        vars(block).pop(KEEPS, None)
+        if recomputed is not None and place >= recomputed:
+            setattr(block, KEEPS, True)
 
 
 def _stacks(model: nn.Module) -> list[Stack]:

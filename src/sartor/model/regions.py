@@ -63,6 +63,8 @@ class Reduction:
     """Tag → layers of the unit, in order."""
     singles: list[nn.Module] = field(default_factory=list)
     """Layers that belong to no region."""
+    pattern: tuple[Any, ...] = ()
+    """What is kept, in order: reductions of one model with the same pattern differ in how often units are repeated only."""
 
     def times(self, tag: int) -> int:
         """How many units of the whole model a kept one stands for."""
@@ -108,8 +110,10 @@ def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, c
         if count <= KEPT:
             span = range(start, start + period * count)
             reduction.singles += [members[at] for at in span]
+            reduction.pattern += tuple(signatures[at] for at in span)
             kept += span
             continue
+        reduction.pattern += (("repeated", edge, *signatures[start : start + period]),)
         first_tag = len(reduction.units)
         reduction.regions.append(Region(first_tag=first_tag, count=count, edge=edge))
         for place, unit in enumerate([*range(edge + 1), *range(count - edge, count)]):

@@ -88,6 +88,7 @@ def _family(setting: Setting, strategy: Strategy, *, accumulated: int) -> Family
             target,
             precision=setting.precision,
             recompute=strategy.recompute,
+            recomputed=strategy.recomputed,
             attention=strategy.attention,
         )
         traces.append((shape, target.with_workspace(ledger)))

@@ -52,13 +52,19 @@ class Estimator:
 
     def bytes(self, strategy: Strategy) -> int:
         """Allocated bytes on the fullest device."""
+        if strategy.recomputed is not None:
+            return round(self._between(strategy, *map(self.bytes, _ends(strategy))))
         sketch, accumulated = self._sketch_of(strategy), self._accumulated(strategy)
         if strategy.layout.devices == 1:
             return sketch.peak_bytes(strategy.micro_batch, accumulated=accumulated)
         return self._sharded_bytes(sketch, strategy, accumulated=accumulated)
 
     def time(self, strategy: Strategy) -> TimeForecast:
-        """The time of a step, and what follows."""
+        """The time of a step, and what follows; where a part of the blocks recomputes, in proportion."""
+        if strategy.recomputed is not None:
+            none, full = map(self.time, _ends(strategy))
+            seconds = self._between(strategy, none.step_seconds, full.step_seconds)
+            return dataclasses.replace(full, step_seconds=seconds)
         positions = self.timing.workload(strategy).positions
         operations = self._sketch_of(strategy).operations(positions / self._shape.width)
         if strategy.layout.devices > 1:
@@ -68,6 +74,11 @@ class Estimator:
         if layout.pipeline > 1:  # as if the stages were one after the other without a bubble
             strategy = dataclasses.replace(strategy, layout=dataclasses.replace(layout, pipeline=1))
         return self.timing.forecast(strategy, stages, traced_positions=positions)
+
+    def _between(self, strategy: Strategy, none: float, full: float) -> float:
+        """What grows with every block that recomputes."""
+        assert strategy.recomputed is not None, "some do"
+        return none + (full - none) * strategy.recomputed / self.setting.blocks
 
     def _accumulated(self, strategy: Strategy) -> bool:
         return self.setting.order.global_batch > strategy.micro_batch * strategy.layout.data * strategy.processes
@@ -187,6 +198,14 @@ class Estimator:
                     counts[messages.place("all_reduce", hidden, Group(layout.tensor, 1))] += 2
             segments.append(dataclasses.replace(part, counts=counts))
         return Operations(table=messages.table, segments=segments)
+
+
+def _ends(strategy: Strategy) -> tuple[Strategy, Strategy]:
+    """The same without any recomputation, and with all."""
+    return (
+        dataclasses.replace(strategy, recompute=False, recomputed=None),
+        dataclasses.replace(strategy, recomputed=None),
+    )
 
 
 class _Messages:

@@ -13,7 +13,7 @@ from sartor.job import Job
 from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.machine import Machine, probe
 from sartor.methods import MethodTraits, traits
-from sartor.model import ModelSource, check_trainable, dissect, load_tokenizer, resolve, skeleton
+from sartor.model import ModelSource, check_trainable, choosable_blocks, dissect, load_tokenizer, resolve, skeleton
 from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.placed import Shortfall
@@ -43,9 +43,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     check_trainable(source)
     method = traits(job)
     inexact = frozen_products(job, machine)
-    stages = job.strategy.pipeline == machine.devices  # each of which holds whole tensors
-    processes = 1 if job.strategy.processes == "auto" else job.strategy.processes
-    check_optimizer(job.training.optimizer, machine.device.kind, devices=1 if stages else machine.devices, processes=processes)
+    _check_optimizer(job, machine)
     instructions, optimizer = machine.instruction_sets, job.training.optimizer
     precision = Precision.resolve(job.precision, machine.device.kind, instruction_sets=instructions, optimizer=optimizer)
     model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
@@ -73,12 +71,12 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
             job.strategy.expandable_segments, machine.device.kind, here=not machine.elsewhere
         ),
         attention=attention,
+        blocks=choosable_blocks(model) if method.recompute else 0,
     )
     choice = search(setting, longest)
     strategy, forecast, time, shortfall = _placed(setting, choice)
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast, shortfall)
-    trained = count_trained(job, source, precision)
     formats = _why_masters(job, precision, machine)
     notes = (attention_note, note, formats, inexact, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
@@ -88,7 +86,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         forecast=forecast,
         traits=method,
         anatomy=anatomy,
-        trained_parameters=trained,
+        trained_parameters=count_trained(job, source, precision),
         data=sets.summary,
         total_steps=order.total_steps,
         time=time,
@@ -97,17 +95,32 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     )
 
 
+def _check_optimizer(job: Job, machine: Machine) -> None:
+    """Raises JobError where the job's optimizer is not for this machine, or for what else the job asks for."""
+    name, wanted = job.training.optimizer, job.strategy
+    stages = wanted.pipeline == machine.devices  # each of which holds whole tensors
+    processes = 1 if wanted.processes == "auto" else wanted.processes
+    check_optimizer(name, machine.device.kind, devices=1 if stages else machine.devices, processes=processes)
+    if is_blockwise(name) and wanted.placement == "disk":
+        raise JobError(
+            f"`strategy.placement` is disk, and `training.optimizer` is {name}",
+            why="it updates what is in memory only",
+            remedy="training.optimizer=adamw, or strategy.placement=device",
+        )
+
+
 def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast, TimeForecast | None, Shortfall | None]:
     """What the search found, with some of it on disk where the job wants that, or where nothing else fits."""
     wanted = setting.job.strategy.placement
     asked = choice.forecast.process_bytes is not None and (
         wanted == "disk" or (wanted == "auto" and choice.forecast.verdict == "does not fit")
     )
-    asked = asked and not is_blockwise(setting.job.training.optimizer)  # which updates on the device only
-    found = place_fastest(setting, choice.strategy, choice.forecast, choice.time) if asked else None
-    if isinstance(found, tuple):
-        return *found, None
-    return choice.strategy, choice.forecast, choice.time, found
+    if not asked or is_blockwise(setting.job.training.optimizer):  # which updates in memory only
+        return choice.strategy, choice.forecast, choice.time, None
+    strategy = dataclasses.replace(choice.strategy, recomputed=None)  # all blocks, where some are recomputed
+    time = choice.time if strategy == choice.strategy else None
+    found = place_fastest(setting, strategy, choice.forecast, time)
+    return (*found, None) if isinstance(found, tuple) else (choice.strategy, choice.forecast, choice.time, found)
 
 
 def _resolved(job: Job, source: ModelSource, method: MethodTraits) -> tuple[Job, int]:

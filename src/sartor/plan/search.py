@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from sartor.errors import JobError
 from sartor.job.units import format_bytes, format_seconds
@@ -19,6 +20,7 @@ from sartor.parallel import Layout
 from sartor.parallel.tensor import check_split, refuse_adapters
 from sartor.plan.estimate import Estimator
 from sartor.plan.forecast import forecast_of
+from sartor.plan.partial import FITS, fewest, guess
 from sartor.plan.plan import Rejected
 from sartor.plan.processes import possible_processes
 from sartor.plan.setting import Setting
@@ -26,8 +28,10 @@ from sartor.plan.space import candidates
 from sartor.plan.strategy import Strategy
 from sartor.plan.timing import Timing, rates_of
 from sartor.predict import MemoryForecast
+from sartor.predict.ledger import Ledger
 from sartor.predict.shapes import NotComparable
 from sartor.predict.time import TimeForecast
+from sartor.predict.verdict import TIGHT_SHARE
 
 HOPELESS = 1.02
 """A candidate whose estimate is so many times what there is is not forecast. Estimates are of tensors alone: of those compared,
@@ -52,6 +56,8 @@ class _Estimated:
     strategy: Strategy
     seconds: float
     bytes: int
+    forecast: MemoryForecast | None = None
+    """Where it was made already."""
 
 
 def search(setting: Setting, row_capacity: int) -> Choice:
@@ -87,6 +93,7 @@ def _search(setting: Setting, row_capacity: int, processes: int) -> Choice:
         if keeping and (choice := walk.first_fit(beyond=(1 + LEAST_FORWARD_SHARE) * walk.fastest if again else None)):
             return choice
         walk.estimate(again)
+        walk.estimate_partial(again)
     except JobError:
         raise
     except Exception as error:  # a foreign model's code under tracing, or a step that is not linear in its rows
@@ -137,6 +144,7 @@ class _Walk:
         self.tight: tuple[Strategy, MemoryForecast] | None = None
         self.worst: tuple[Strategy, MemoryForecast] | None = None
         self.waiting: list[_Estimated] = []
+        self.known: dict[Strategy, _Estimated] = {}
 
     @property
     def fastest(self) -> float:
@@ -147,29 +155,75 @@ class _Walk:
         assert self.estimator is not None
         for strategy in strategies:
             time, size = self.estimator.time(strategy), self.estimator.bytes(strategy)
-            self.waiting.append(_Estimated(strategy=strategy, seconds=time.step_seconds, bytes=size))
+            self.known[strategy] = entry = _Estimated(strategy=strategy, seconds=time.step_seconds, bytes=size)
+            self.waiting.append(entry)
+        self._sort()
+
+    def _sort(self) -> None:
         self.waiting.sort(key=lambda entry: (entry.seconds, entry.bytes))
+
+    def estimate_partial(self, again: Sequence[Strategy]) -> None:
+        """Of each candidate that recomputes all blocks: the same with about as many as it takes. How many is found out when its
+        turn comes."""
+        blocks = self.setting.blocks
+        for strategy in again:
+            none, full = self._without(strategy), self.known[strategy]
+            room = self.room // strategy.processes
+            if none is None or blocks < 2 or strategy.layout.pipeline > 1 or full.bytes > HOPELESS * room:
+                continue
+            count = guess(none.bytes, full.bytes, int(TIGHT_SHARE * room), blocks)
+            if count is not None:
+                self.estimate([dataclasses.replace(strategy, recomputed=count)])
+
+    def _without(self, strategy: Strategy) -> _Estimated | None:
+        """The candidate that differs from this one by keeping all activations."""
+        return self.known.get(dataclasses.replace(strategy, recompute=False, recomputed=None))
+
+    def _narrow(self, entry: _Estimated) -> None:
+        """Find out in how many blocks activations have to be recomputed, and put that candidate in its place."""
+        assert self.estimator is not None, "its numbers are estimates"
+        strategy, blocks, traces = entry.strategy, self.setting.blocks, dict[tuple[Any, ...], Ledger]()
+        none, full = self._without(strategy), self.known[dataclasses.replace(strategy, recomputed=None)]
+        assert none is not None, "it lies between two others"
+        assert strategy.recomputed is not None, "it is partial"
+        found = fewest(
+            lambda count: forecast_of(self.setting, dataclasses.replace(strategy, recomputed=count), known=traces),
+            blocks=blocks,
+            start=strategy.recomputed,
+            freed=(none.bytes - full.bytes) / blocks,
+        )
+        if found is None:
+            return
+        exact = dataclasses.replace(strategy, recomputed=found[0])
+        seconds, size = self.estimator.time(exact).step_seconds, self.estimator.bytes(exact)
+        self.waiting.append(_Estimated(strategy=exact, seconds=seconds, bytes=size, forecast=found[1]))
+        self._sort()
 
     def first_fit(self, *, beyond: float | None = None) -> Choice | None:
         """Forecast in order of time until one fits. `beyond`: slower ones wait, since others may be faster than they are."""
         while self.waiting and (beyond is None or self.waiting[0].seconds <= beyond):
             entry = self.waiting.pop(0)
+            if entry.strategy.recomputed is not None and entry.forecast is None and self._without(entry.strategy):
+                self._narrow(entry)
+                continue
             room = self.room // entry.strategy.processes
             if entry.bytes > HOPELESS * room:
                 self._reject(entry.strategy, f"does not fit: about {format_bytes(entry.bytes)} of {format_bytes(room)}")
                 self.rejected[-1] = dataclasses.replace(self.rejected[-1], step_seconds=entry.seconds)
-                continue
-            forecast = self._forecast(entry.strategy)
-            if forecast.verdict in ("fits", "cannot say"):
-                self._note_slower(entry)
-                return self._choice(entry.strategy, forecast)
+            else:
+                forecast = entry.forecast or self._forecast(entry.strategy)
+                if forecast.verdict in FITS:
+                    self._note_slower(entry)
+                    return self._choice(entry.strategy, forecast)
+            if beyond is not None and self.setting.blocks:  # with one block recomputed it may be the fastest
+                beyond = min(beyond, (1 + LEAST_FORWARD_SHARE / self.setting.blocks) * entry.seconds)
         return None
 
     def through(self, strategies: list[Strategy]) -> Choice:
         """Without times: candidates in their own order."""
         for strategy in strategies:
             forecast = self._forecast(strategy)
-            if forecast.verdict in ("fits", "cannot say"):
+            if forecast.verdict in FITS:
                 return self._choice(strategy, forecast)
         return self.last_resort()
 
@@ -193,7 +247,7 @@ class _Walk:
             self.tight = strategy, forecast
         if forecast.verdict == "does not fit":
             self.worst = strategy, forecast
-        if forecast.verdict not in ("fits", "cannot say"):
+        if forecast.verdict not in FITS:
             self._reject(strategy, f"{forecast.verdict}: {forecast.reason}", forecast)
         return forecast
 

@@ -35,6 +35,8 @@ class Setting:
     expandable_segments: bool
     attention: str | None = None
     """As in `Strategy`."""
+    blocks: int = 0
+    """Of the model, where each can recompute by itself; else none."""
 
 
 def batch_order(job: Job, sets: DataSets) -> BatchOrder:

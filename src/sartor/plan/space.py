@@ -17,15 +17,9 @@ FULL_MICRO_BATCH_TOKENS = 8192
 def candidates(setting: Setting, row_capacity: int, processes: int = 1) -> Iterator[Strategy]:
     """Strategies of so many processes that honour what the job pins: large micro-batches first, those that recompute last."""
     job, wanted = setting.job, setting.job.strategy
-    again_possible = setting.method.recompute
-    if wanted.recompute == "full" and not again_possible:
-        raise JobError(
-            f"`strategy.recompute` is full, but method {job.method} cannot recompute", remedy="strategy.recompute=none"
-        )
     longest = row_capacity if setting.packing else int(setting.sets.train.lengths.max())
     layouts = possible_layouts(wanted, setting.machine, global_batch=job.training.global_batch)
-    choices = {"none": (False,), "full": (True,), "auto": (False, True) if again_possible else (False,)}
-    for recompute, layout in itertools.product(choices[wanted.recompute], layouts):
+    for (recompute, recomputed), layout in itertools.product(_recomputations(setting), layouts):
         busy = min(-(-job.training.global_batch // (layout.data * processes)), max(FULL_MICRO_BATCH_TOKENS // longest, 1))
         sizes = [wanted.micro_batch] if wanted.micro_batch != "auto" else _halvings(busy)
         for micro_batch in sizes:
@@ -37,12 +31,36 @@ def candidates(setting: Setting, row_capacity: int, processes: int = 1) -> Itera
                 row_capacity=row_capacity,
                 micro_batch=micro_batch,
                 recompute=recompute,
+                recomputed=recomputed,
                 attention=setting.attention,
                 share_prefixes=wanted.share_prefixes,
                 layout=layout,
                 processes=processes,
                 expandable_segments=setting.expandable_segments,
             )
+
+
+def _recomputations(setting: Setting) -> list[tuple[bool, int | None]]:
+    """Whether blocks recompute, and if not all, how many. The search looks between none and all by itself. Raises JobError."""
+    wanted, possible = setting.job.strategy.recompute, setting.method.recompute
+    if wanted == "auto":
+        return [(False, None), (True, None)] if possible else [(False, None)]
+    if wanted == "none":
+        return [(False, None)]
+    if not possible:
+        raise JobError(
+            f"`strategy.recompute` is {wanted}, but method {setting.job.method} cannot recompute",
+            remedy="strategy.recompute=none",
+        )
+    if wanted == "full":
+        return [(True, None)]
+    if not setting.blocks:
+        raise JobError(
+            f"`strategy.recompute` is {wanted} blocks, and this model's cannot recompute one by one",
+            why="transformers switches it for the whole model there",
+            remedy="strategy.recompute=full, or none",
+        )
+    return [(True, wanted if wanted < setting.blocks else None)]
 
 
 def _halvings(size: int) -> list[int]:

@@ -49,10 +49,14 @@ class Strategy:
     micro_batch: int
     """Rows computed at once; the other rows of a step are accumulated."""
     recompute: bool
+    """Whether activations are dropped in forward and computed again in backward."""
     attention: str | None
     """transformers' name of the attention kernel; None leaves it to transformers."""
     share_prefixes: bool = False
     """Whether what the examples of a row begin with lies there once."""
+    recomputed: int | None = None
+    """Where activations are recomputed, in how many blocks: the first ones, since backward frees what the last ones keep before
+    it gets there. None: in all."""
     layout: Layout = field(default_factory=Layout)
     """Over how many devices, and how."""
     processes: int = 1
@@ -73,7 +77,6 @@ class Strategy:
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
         rows += ", joined" if self.joined and self.micro_batch > 1 else ""
         rows += ", shared beginnings computed once" if self.share_prefixes else ""
-        activations = "activations recomputed" if self.recompute else "activations kept"
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""
         devices = f"{self.layout.devices} x {self.device.partition(':')[0]}, {self.layout.describe()}"
@@ -82,4 +85,10 @@ class Strategy:
         where = devices if self.layout.devices > 1 else several + self.device
         start = f"{where}, {self.precision.describe()}, {rows}, micro-batch {self.micro_batch}"
         placed = f", {self.placement.describe()}" if self.placement else ""
-        return f"{start}, {activations}{attention}{fixed}{placed}"
+        return f"{start}, {self.describe_activations()}{attention}{fixed}{placed}"
+
+    def describe_activations(self) -> str:
+        """What becomes of them."""
+        if not self.recompute:
+            return "activations kept"
+        return "activations recomputed" if self.recomputed is None else f"activations of {self.recomputed} blocks recomputed"

@@ -123,6 +123,7 @@ class Timing:
             Target.of(setting.machine.device),
             precision=setting.precision,
             recompute=strategy.recompute,
+            recomputed=strategy.recomputed,
             attention=strategy.attention,
             processes=strategy.processes,
         )

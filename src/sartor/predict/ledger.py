@@ -65,6 +65,7 @@ class Ledger:
         if paged:
             self.paged_bytes = sum(event.size_bytes for event in self.events if event.storage in paged)
             self.events = [event for event in self.events if event.storage not in paged]
+            self.kinds = {storage: kind for storage, kind in self.kinds.items() if storage not in paged}
         return self
 
     def peak(self) -> Peak:

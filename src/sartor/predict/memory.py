@@ -30,7 +30,7 @@ from sartor.predict.operations import Operations
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
 from sartor.predict.verdict import TIGHT_SHARE, Verdict, judge
-from sartor.predict.whole import trace_job
+from sartor.predict.whole import Traces, trace_job
 from sartor.step import Precision
 
 
@@ -138,14 +138,23 @@ def forecast_memory(
     layout: Layout | None = None,
     expandable_segments: bool = False,
     processes: int = 1,
+    recomputed: int | None = None,
+    known: Traces | None = None,
 ) -> MemoryForecast:
     """Trace the two steps of `work`, replay the device's allocator, and compare with the device's memory.
 
     Over several devices: of the rank that needs most; the others are in its `ranks`. Of several processes on a CPU: of the first,
-    where `machine` is its part; memory that they share counts where it is written.
+    where `machine` is its part; memory that they share counts where it is written. `recomputed`, `known`: as in `trace_job`.
     """
+    options: dict[str, Any] = {
+        "precision": precision,
+        "recompute": recompute,
+        "recomputed": recomputed,
+        "attention": attention,
+        "layout": layout or Layout(),
+    }
     with collector_paused():
-        return _forecast(job, source, machine, work, precision, recompute, attention, layout, expandable_segments, processes)
+        return _forecast(job, source, machine, work, expandable_segments, {"known": known, "processes": processes}, options)
 
 
 @contextlib.contextmanager
@@ -165,16 +174,12 @@ def _forecast(
     source: ModelSource,
     machine: Machine,
     work: LargestSteps,
-    precision: Precision,
-    recompute: bool,
-    attention: str | None,
-    layout: Layout | None,
     expandable_segments: bool,
-    processes: int,
+    single: dict[str, Any],
+    options: dict[str, Any],
 ) -> MemoryForecast:
     start = time.perf_counter()
-    target, layout = Target.of(machine.device), layout or Layout()
-    options: dict[str, Any] = {"precision": precision, "recompute": recompute, "attention": attention, "layout": layout}
+    target, layout, precision = Target.of(machine.device), options["layout"], options["precision"]
     ledgers, reason = [], ""
     try:
         if layout.pipeline > 1:
@@ -182,7 +187,7 @@ def _forecast(
 
             ledgers = trace_stages(job, source, work.largest, target, **options)
         else:
-            ledgers = [(0, trace_job(job, source, work.first, target, later=work.later, processes=processes, **options))]
+            ledgers = [(0, trace_job(job, source, work.first, target, later=work.later, **single, **options))]
     except JobError:
         raise  # the job asks for what there is not
     except Exception as error:  # whatever a foreign model's code raises under tracing: say so, and let the user decide

@@ -18,7 +18,7 @@ from sartor.errors import JobError
 from sartor.job.schema import Job
 from sartor.methods import traits
 from sartor.methods.adapters import peft_config
-from sartor.model import ModelSource, dissect, skeleton
+from sartor.model import ModelSource, choose_recomputed, dissect, skeleton
 from sartor.model.regions import Reduction, reduce_depth, signature
 from sartor.parallel import Layout
 from sartor.parallel.pipeline import WHOLE, PipelineStep, Stage, check_schedule, cut, layers_of_stages, of_one_shape
@@ -42,16 +42,19 @@ def trace_stages(
     attention: str | None,
     layout: Layout,
     every: bool = False,
+    recomputed: int | None = None,
 ) -> list[tuple[int, Ledger]]:
     """Two steps of the job on each stage that differs from the others, over these micro-batches (padded to one shape): the rank
     of the stage's first device, and its ledger. Of stages in the middle with equal layers the first is traced: under 1F1B it has
-    most micro-batches in flight. `every`: all stages. Raises JobError for what cannot be a pipeline."""
+    most micro-batches in flight. `every`: all stages. `recomputed`: of the model's blocks, the first so many.
+    Raises JobError for what cannot be a pipeline."""
     check(job, layout, len(batches))
     if layout.data > 1:
         layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
     tracing = _Tracing(
         job, source, of_one_shape(batches), target, precision=precision, recompute=recompute, attention=attention, layout=layout
     )
+    tracing.recomputed = recomputed
     stages = range(layout.pipeline) if every else tracing.distinct_stages()
     return [(index * (layout.devices // layout.pipeline), tracing.ledger(index)) for index in stages]
 
@@ -92,11 +95,14 @@ class _Tracing:
     ) -> None:
         self.job, self.source, self.batches, self.target = job, source, batches, target
         self.precision, self.recompute, self.attention, self.layout = precision, recompute, attention, layout
+        self.recomputed: int | None = None
         self.said = _Said()
 
     def skeleton(self) -> Any:
         dtype = self.precision.load_dtype(adapter=traits(self.job).adapter)
-        return skeleton(self.source, dtype=dtype, attention=self.attention)
+        model = skeleton(self.source, dtype=dtype, attention=self.attention)
+        choose_recomputed(model, self.recomputed)
+        return model
 
     def distinct_stages(self) -> list[int]:
         """The first, the last, and of those between each that an earlier one does not stand for: with the same layers and maybe

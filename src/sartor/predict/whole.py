@@ -13,7 +13,7 @@ from sartor.data.pack import Batch
 from sartor.job.schema import Job
 from sartor.methods import trained_parameters, traits
 from sartor.methods.adapters import peft_config
-from sartor.model import ModelSource, skeleton
+from sartor.model import ModelSource, choose_recomputed, skeleton
 from sartor.model.regions import EDGE, Reduction, reduce_depth
 from sartor.parallel import Layout, parallelise
 from sartor.parallel.context import check_job, fullest_rank, ring_attention, share
@@ -31,6 +31,10 @@ _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "target_par
 _LAYER_LISTS = ("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices")
 
 
+Traces = dict[tuple[Any, ...], Ledger]
+"""Shortened traces that differ in how many blocks recompute, by their pattern (`Reduction.pattern`)."""
+
+
 def trace_job(
     job: Job,
     source: ModelSource,
@@ -45,6 +49,8 @@ def trace_job(
     context_rank: int | None = None,
     processes: int = 1,
     sketch: bool = False,
+    recomputed: int | None = None,
+    known: Traces | None = None,
 ) -> Ledger:
     """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
 
@@ -52,7 +58,9 @@ def trace_job(
     by their number), the whole model is traced. Over several devices the ledger is that of rank 0, which holds the largest part
     where parts differ; where ranks share the tokens, that of the one with most to predict (or of `context_rank`). Of several
     `processes` on a CPU it is that of the first, whose part of the steps the micro-batches are. A `sketch` keeps fewer layers:
-    sums are right, but which storage of a neighbour is freed when may not be."""
+    sums are right, but which storage of a neighbour is freed when may not be. `recomputed`: blocks that recompute, the first
+    ones; None: all, where `recompute` is set. `known`: shortened traces of the same step with other numbers of them, which differ
+    only in how often blocks are repeated."""
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
@@ -62,28 +70,24 @@ def trace_job(
     if layout.wrapped:
         layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
 
+    def step_of(fake: nn.Module) -> TrainStep:
+        made = make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind)
+        return first_of(made, processes)
+
     def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
         ring = ring_attention(mesh, layout) if mesh is not None and layout.context > 1 else contextlib.nullcontext()
         model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
+        choose_recomputed(model, recomputed)
         reduction = reduce_depth(model, edge=1 if sketch else EDGE) if shortened else Reduction()
+        if known is not None and reduction.regions and reduction.pattern in known:
+            return expand(known[reduction.pattern], reduction).set_paged_apart()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
         if mesh is not None:
             parallelise(model, mesh, layout)
-
-        def step_of(fake: nn.Module) -> TrainStep:
-            return first_of(
-                make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind), processes
-            )
-
         with ring:
-            ledger = trace_steps(
-                model,
-                step_of,
-                batches,
-                later=later,
-                target=target,
-                reduction=reduction,
-            )
+            ledger = trace_steps(model, step_of, batches, later=later, target=target, reduction=reduction)
+        if known is not None and reduction.regions:
+            known[reduction.pattern] = ledger
         return expand(ledger, reduction).set_paged_apart()
 
     with fake_world(layout, rank=rank) as mesh, target.rules():

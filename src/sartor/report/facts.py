@@ -178,8 +178,14 @@ def _method_alone(job: Job) -> str:
 
 def strategy_words(strategy: Strategy) -> str:
     """What is chosen for a machine, as short as a table needs it."""
-    words = [strategy.layout.describe(), f"micro-batch {strategy.micro_batch}", "recompute" if strategy.recompute else ""]
+    words = [strategy.layout.describe(), f"micro-batch {strategy.micro_batch}", _recompute(strategy)]
     return ", ".join(word for word in words if word)
+
+
+def _recompute(strategy: Strategy) -> str:
+    if not strategy.recompute:
+        return ""
+    return "recompute" if strategy.recomputed is None else f"recompute {strategy.recomputed} blocks"
 
 
 def differences(chosen: Strategy, other: Strategy) -> str:
@@ -193,8 +199,8 @@ def differences(chosen: Strategy, other: Strategy) -> str:
         words.append(f"packed rows of {other.row_capacity}" if other.packing else "one example a row")
     if other.micro_batch != chosen.micro_batch:
         words.append(f"micro-batch {other.micro_batch}")
-    if other.recompute != chosen.recompute:
-        words.append("activations recomputed" if other.recompute else "activations kept")
+    if (other.recompute, other.recomputed) != (chosen.recompute, chosen.recomputed):
+        words.append(other.describe_activations())
     if other.layout != chosen.layout:
         words.append(other.layout.describe() or "one device")
     if other.attention != chosen.attention:

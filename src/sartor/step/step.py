@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sartor.kernels.adam import MasterAdamW, gradient_norm
+from sartor.model.blocks import KEEPS
 from sartor.step.blockwise import put_state, state_of
 from sartor.step.loss import SumLoss, TensorBatch
 from sartor.step.precision import Precision
@@ -148,7 +149,11 @@ def first_of(step: TrainStep, processes: int) -> TrainStep:
 
 
 def enable_recompute(model: nn.Module) -> None:
-    """Drop activations in forward and compute them again in backward, block by block (transformers' own support)."""
+    """Drop activations in forward and compute them again in backward, block by block (transformers' own support), but for blocks
+    that are to keep theirs (`sartor.model.choose_recomputed`)."""
     # transformers renamed it in 5.2x; 5.17 knows the old name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # type: ignore[operator]
+    for module in model.modules():
+        if getattr(module, KEEPS, False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from sartor.kernels import arena
 from sartor.machine import Machine
 from sartor.machine.heap import give_back_freed_memory
 from sartor.machine.memory import peak_resident_bytes, resident_bytes
+from sartor.model import choose_recomputed
 from sartor.placement import PlacedStep
 from sartor.plan import Plan, make
 from sartor.plan.placed import demoted, row_sizes
@@ -97,10 +98,16 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
         if (least := _least(plan)) is None:
             raise RunError(wrong, why=error.what, remedy=error.remedy) from None
         smaller = least
-    strategy = dataclasses.replace(plan.strategy, micro_batch=smaller.strategy.micro_batch, recompute=smaller.strategy.recompute)
+    strategy = dataclasses.replace(
+        plan.strategy,
+        micro_batch=smaller.strategy.micro_batch,
+        recompute=smaller.strategy.recompute,
+        recomputed=smaller.strategy.recomputed,
+    )
     if strategy == plan.strategy:
         raise RunError(wrong, why="no other strategy needs less", remedy="a shorter data.max_length, or another method")
-    if strategy.recompute and not plan.strategy.recompute:
+    if strategy.recompute:
+        choose_recomputed(bench.step.model, strategy.recomputed)
         enable_recompute(bench.step.model)
     bench.reserve.hold()
     say(f"{wrong}. Going on with: {strategy.describe()}")
