@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels import arena
 from sartor.kernels.adam import MasterAdamW, gradient_norm
 from sartor.model.blocks import KEEPS
 from sartor.step.blockwise import put_state, state_of
@@ -139,6 +140,7 @@ def share_step(step: TrainStep, world: World) -> None:
         step.shared = GradientSum(step.parameters, world, embedding=lookup_table(step.model))
     else:
         step.shared = SharedGradients(step.parameters, step.optimizer, world, memory)
+        arena.give_back()  # of loading, and of the residuals that each process had whole until now
 
 
 def first_of(step: TrainStep, processes: int) -> TrainStep:
