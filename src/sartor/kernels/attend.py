@@ -19,6 +19,9 @@ from sartor.kernels.native import operator, products_library
 
 LONGEST = 512
 """Positions of an example: from about twice as many on, products in bfloat16 by PyTorch are as fast."""
+NUMBERS = 5
+"""That say where an example is, as `struct example` of attention.cpp has them: its first position and length, those of the
+beginning that it continues (0 and 0 where there is none), and the first row of its gradients of that beginning."""
 _FORMATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -49,7 +52,7 @@ def _call(
     kernel = getattr(loaded, f"{name}_{_FORMATS[query.dtype]}")
     places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     examples = (ctypes.c_int64 * len(where))(*where)
-    count, threads = ctypes.c_int64(len(where) // 2), ctypes.c_int(torch.get_num_threads())
+    count, threads = ctypes.c_int64(len(where) // NUMBERS), ctypes.c_int(torch.get_num_threads())
     if kernel(*places, examples, count, ctypes.byref(shape), threads):
         raise MemoryError("no memory for the scores of a block of queries")
 
@@ -73,12 +76,14 @@ def _attend_backward(
     to_query: Tensor,
     to_key: Tensor,
     to_value: Tensor,
+    more_key: Tensor,
+    more_value: Tensor,
     where: Sequence[int],
     scale: float,
     window: int,
 ) -> None:
     sources = [_rows(tensor) for tensor in (query, key, value)]
-    tensors = [gradient.contiguous(), *sources, to_query, to_key, to_value]
+    tensors = [gradient.contiguous(), *sources, to_query, to_key, to_value, more_key, more_value]
     _call("attend_backward", tensors, sources, where, scale, window)
 
 
@@ -91,12 +96,13 @@ attend_ = operator(
     _attend,
     _nothing,
 )
-"""Causal softmax attention of the examples `where` (first position and length in turn) of query P H D, key P G D and value P G E,
+"""Causal softmax attention of the examples `where` (`NUMBERS` for each) of query P H D, key P G D and value P G E,
 written to the first positions of result, dense. Results do not depend on the number of threads."""
 attend_backward_ = operator(
     "attend_backward_(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor(a!) to_query, Tensor(b!) to_key, "
-    "Tensor(c!) to_value, int[] where, float scale, int window) -> ()",
+    "Tensor(c!) to_value, Tensor(d!) more_key, Tensor(e!) more_value, int[] where, float scale, int window) -> ()",
     _attend_backward,
     _nothing,
 )
-"""The gradients of queries, keys and values."""
+"""The gradients of queries, keys and values. Those of beginnings are in float32 and for each example by itself, rows x G x D and
+rows x G x E."""

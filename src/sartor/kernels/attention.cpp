@@ -1,6 +1,7 @@
 // Causal softmax attention of short examples, forward and backward (attention.py). All arithmetic is in float32, in memory that
-// stays in a core's caches: keys and values of one example and the heads that share them, and a block of queries at a time. Backward
-// computes the probabilities again. Nothing between the products is written to memory that others see.
+// stays in a core's caches: keys and values of one example and the heads that share them, and a block of queries at a time.
+// Backward computes the probabilities again. Nothing between the products is written to memory that others see. An example may
+// continue a beginning, whose keys and values come before its own; their gradients are handed out for each example by itself.
 
 #include <cmath>
 #include <cstdint>
@@ -17,6 +18,10 @@ constexpr int64_t QUERIES = 32;  // of a block
 struct shape {
     int64_t heads, groups, size, value_size, window, query_row, key_row, value_row;
     float scale;
+};
+
+struct example {
+    int64_t place, length, before, ahead, offset;  // first position and length, those of what it continues, its place in `more`
 };
 
 // Memory of one thread.
@@ -44,8 +49,15 @@ struct scratch {
     }
 };
 
-// Probabilities of queries first … first + count of an example; rows after them are zero. Returns the first key's number and how
-// many there are, multiples of LANES; p's rows are `keys` long.
+// Keys or values: what is continued, then the example's own.
+template <class T>
+inline void gather(const T *from, int64_t stride, float *to, int64_t width, const example &e, int64_t size, int64_t room) {
+    spread(from + e.before * stride, stride, to, width, e.ahead, size, e.ahead, 1.0f);
+    spread(from + e.place * stride, stride, to + e.ahead * width, width, e.length, size, room - e.ahead, 1.0f);
+}
+
+// Probabilities of queries first … first + count, by the numbers of their own keys; rows after them are zero. `start`: the first
+// key's number; `keys`: how many there are, multiples of LANES; p's rows are `keys` long.
 inline void probabilities(const scratch &at, const shape &s, int64_t first, int64_t count, int64_t start, int64_t keys) {
     product(at.q, at.width, 1, at.kt + start, at.room, at.p, keys, up(count, ROWS), keys, s.size, false);
     for (int64_t n = 0; n < up(count, ROWS); n++) {
@@ -71,42 +83,42 @@ inline int64_t start_of(const shape &s, int64_t first) {
 }
 
 template <class T>
-void forward_one(const T *q, const T *k, const T *v, T *out, const shape &s, const scratch &at, int64_t place, int64_t length,
-                 int64_t group) {
+void forward_one(const T *q, const T *k, const T *v, T *out, const shape &s, const scratch &at, const example &e, int64_t group) {
     const int64_t sharing = s.heads / s.groups, out_row = s.heads * s.value_size;
-    spread(k + place * s.key_row + group * s.size, s.key_row, at.k, at.width, length, s.size, at.room, 1.0f);
-    spread(v + place * s.value_row + group * s.value_size, s.value_row, at.v, at.value_width, length, s.value_size, at.room, 1.0f);
+    gather(k + group * s.size, s.key_row, at.k, at.width, e, s.size, at.room);
+    gather(v + group * s.value_size, s.value_row, at.v, at.value_width, e, s.value_size, at.room);
     transpose(at.k, at.width, at.kt, at.room, s.size);
     for (int64_t h = group * sharing; h < (group + 1) * sharing; h++)
-        for (int64_t first = 0; first < length; first += QUERIES) {
-            const int64_t count = length - first < QUERIES ? length - first : QUERIES, start = start_of(s, first);
-            const int64_t keys = up(first + count - start, LANES), rows = up(count, ROWS);
-            spread(q + (place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
-            probabilities(at, s, first, count, start, keys);
-            product(at.p, keys, 1, at.v + start * at.value_width, at.value_width, at.g, at.value_width, rows, at.value_width, keys,
-                    false);
-            put(at.g, at.value_width, out + (place + first) * out_row + h * s.value_size, out_row, count, s.value_size, 1.0f);
+        for (int64_t first = 0; first < e.length; first += QUERIES) {
+            const int64_t count = e.length - first < QUERIES ? e.length - first : QUERIES, start = start_of(s, e.ahead + first);
+            const int64_t keys = up(e.ahead + first + count - start, LANES), rows = up(count, ROWS);
+            spread(q + (e.place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
+            probabilities(at, s, e.ahead + first, count, start, keys);
+            const float *values = at.v + start * at.value_width;
+            product(at.p, keys, 1, values, at.value_width, at.g, at.value_width, rows, at.value_width, keys, false);
+            put(at.g, at.value_width, out + (e.place + first) * out_row + h * s.value_size, out_row, count, s.value_size, 1.0f);
         }
 }
 
 template <class T>
-void backward_one(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, const shape &s, const scratch &at,
-                  int64_t place, int64_t length, int64_t group) {
+void backward_one(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, float *more_k, float *more_v,
+                  const shape &s, const scratch &at, const example &e, int64_t group) {
     const int64_t sharing = s.heads / s.groups, g_row = s.heads * s.value_size, q_row = s.heads * s.size;
     const int64_t k_row = s.groups * s.size, v_row = s.groups * s.value_size;
-    spread(k + place * s.key_row + group * s.size, s.key_row, at.k, at.width, length, s.size, at.room, 1.0f);
-    spread(v + place * s.value_row + group * s.value_size, s.value_row, at.v, at.value_width, length, s.value_size, at.room, 1.0f);
+    gather(k + group * s.size, s.key_row, at.k, at.width, e, s.size, at.room);
+    gather(v + group * s.value_size, s.value_row, at.v, at.value_width, e, s.value_size, at.room);
     transpose(at.k, at.width, at.kt, at.room, s.size);
     transpose(at.v, at.value_width, at.vt, at.room, s.value_size);
     for (int64_t i = 0; i < at.room * at.width; i++) at.dk[i] = 0.0f;
     for (int64_t i = 0; i < at.room * at.value_width; i++) at.dv[i] = 0.0f;
     for (int64_t h = group * sharing; h < (group + 1) * sharing; h++)
-        for (int64_t first = 0; first < length; first += QUERIES) {
-            const int64_t count = length - first < QUERIES ? length - first : QUERIES, start = start_of(s, first);
-            const int64_t keys = up(first + count - start, LANES), rows = up(count, ROWS);
-            spread(q + (place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
-            spread(g + (place + first) * g_row + h * s.value_size, g_row, at.g, at.value_width, count, s.value_size, rows, 1.0f);
-            probabilities(at, s, first, count, start, keys);
+        for (int64_t first = 0; first < e.length; first += QUERIES) {
+            const int64_t count = e.length - first < QUERIES ? e.length - first : QUERIES, start = start_of(s, e.ahead + first);
+            const int64_t keys = up(e.ahead + first + count - start, LANES), rows = up(count, ROWS);
+            spread(q + (e.place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
+            const T *given = g + (e.place + first) * g_row + h * s.value_size;
+            spread(given, g_row, at.g, at.value_width, count, s.value_size, rows, 1.0f);
+            probabilities(at, s, e.ahead + first, count, start, keys);
             product(at.g, at.value_width, 1, at.vt + start, at.room, at.dp, keys, rows, keys, s.value_size, false);
             float *dv_here = at.dv + start * at.value_width, *dk_here = at.dk + start * at.width;
             product(at.p, 1, keys, at.g, at.value_width, dv_here, at.value_width, keys, at.value_width, count, true);
@@ -120,18 +132,23 @@ void backward_one(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, 
             }
             product(at.dp, keys, 1, at.k + start * at.width, at.width, at.dq, at.width, rows, at.width, keys, false);
             product(at.dp, 1, keys, at.q, at.width, dk_here, at.width, keys, at.width, count, true);
-            put(at.dq, at.width, dq + (place + first) * q_row + h * s.size, q_row, count, s.size, s.scale);
+            put(at.dq, at.width, dq + (e.place + first) * q_row + h * s.size, q_row, count, s.size, s.scale);
         }
-    put(at.dk, at.width, dk + place * k_row + group * s.size, k_row, length, s.size, 1.0f);  // the scale is in the queries
-    put(at.dv, at.value_width, dv + place * v_row + group * s.value_size, v_row, length, s.value_size, 1.0f);
+    const float *own_k = at.dk + e.ahead * at.width, *own_v = at.dv + e.ahead * at.value_width;
+    put(own_k, at.width, dk + e.place * k_row + group * s.size, k_row, e.length, s.size, 1.0f);  // the scale is in the queries
+    put(own_v, at.value_width, dv + e.place * v_row + group * s.value_size, v_row, e.length, s.value_size, 1.0f);
+    put(at.dk, at.width, more_k + e.offset * k_row + group * s.size, k_row, e.ahead, s.size, 1.0f);
+    put(at.dv, at.value_width, more_v + e.offset * v_row + group * s.value_size, v_row, e.ahead, s.value_size, 1.0f);
 }
 
-// Every example and every group of heads by itself, so that results do not depend on threads. `where`: first positions and
-// lengths in turn. 1 where there is no memory.
+// Every example and every group of heads by itself, so that results do not depend on threads. 1 where there is no memory.
 template <class Work>
-int each(const int64_t *where, int64_t examples, const shape &s, int threads, Work work) {
+int each(const example *where, int64_t examples, const shape &s, int threads, Work work) {
     int64_t most = 0;
-    for (int64_t n = 0; n < examples; n++) most = where[2 * n + 1] > most ? where[2 * n + 1] : most;
+    for (int64_t n = 0; n < examples; n++) {
+        const int64_t keys = where[n].ahead + where[n].length;
+        most = keys > most ? keys : most;
+    }
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -139,10 +156,10 @@ int each(const int64_t *where, int64_t examples, const shape &s, int threads, Wo
         failed |= !at.all;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < examples * s.groups; n++) {
-            const int64_t *example = where + 2 * (n / s.groups);
+            const example &e = where[n / s.groups];
             if (!at.all) continue;
-            at.fit(example[1]);
-            work(at, example[0], example[1], n % s.groups);
+            at.fit(e.ahead + e.length);
+            work(at, e, n % s.groups);
         }
     }
     return failed;
@@ -151,16 +168,16 @@ int each(const int64_t *where, int64_t examples, const shape &s, int threads, Wo
 }  // namespace
 
 #define KINDS(T, KIND)                                                                                                          \
-    int attend_##KIND(const T *q, const T *k, const T *v, T *out, const int64_t *where, int64_t examples, const shape *s,       \
+    int attend_##KIND(const T *q, const T *k, const T *v, T *out, const example *where, int64_t examples, const shape *s,       \
                       int threads) {                                                                                            \
-        return each(where, examples, *s, threads, [=](const scratch &at, int64_t place, int64_t length, int64_t group) {        \
-            forward_one(q, k, v, out, *s, at, place, length, group);                                                            \
+        return each(where, examples, *s, threads, [=](const scratch &at, const example &e, int64_t group) {                     \
+            forward_one(q, k, v, out, *s, at, e, group);                                                                        \
         });                                                                                                                     \
     }                                                                                                                           \
-    int attend_backward_##KIND(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, const int64_t *where,       \
-                               int64_t examples, const shape *s, int threads) {                                                 \
-        return each(where, examples, *s, threads, [=](const scratch &at, int64_t place, int64_t length, int64_t group) {        \
-            backward_one(g, q, k, v, dq, dk, dv, *s, at, place, length, group);                                                 \
+    int attend_backward_##KIND(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, float *more_k, float *more_v,\
+                               const example *where, int64_t examples, const shape *s, int threads) {                           \
+        return each(where, examples, *s, threads, [=](const scratch &at, const example &e, int64_t group) {                     \
+            backward_one(g, q, k, v, dq, dk, dv, more_k, more_v, *s, at, e, group);                                             \
         });                                                                                                                     \
     }
 

@@ -4,8 +4,8 @@ PyTorch's kernel for CPUs takes a dense mask to tell the examples of a row apart
 example is attended to by itself: short ones in compiled loops (`attend.py`), others as products of queries and keys, in blocks
 of queries that stay in cache; backward computes the probabilities again, so nothing is kept but queries, keys and values. Which
 positions are an example comes as Python integers with the batch (`sartor.kernels.segments`), so no shape depends on values. A
-segment that continues another one (a beginning that examples share) attends to that as well, as products, and the other one's
-keys and values get the gradients of all that continue it.
+segment that continues another one (a beginning that examples share) attends to that as well, whose keys and values get the
+gradients of all that continue it.
 
 Shapes: R rows, T positions of a row, H query heads, G heads of keys and values, M = H / G, L positions of an example, B examples
 times G, D size of a head (of values: E), Q queries and K keys of a block.
@@ -184,7 +184,11 @@ class _SegmentAttention(torch.autograd.Function):
         compiled = suits(tensors[0])
         if compiled and segments.short:
             places = [result.values() for result in results]
-            attend_backward_(gradients, *sources, *places, segments.short, ctx.scale, segments.window)
+            rows = sum(length for _, length in segments.more)
+            more = [place.new_empty((rows, *place.shape[1:]), dtype=torch.float32) for place in places[1:]]
+            attend_backward_(gradients, *sources, *places, *more, segments.short, ctx.scale, segments.window)
+            for result, parts in zip(results[1:], more, strict=True):
+                result.add(segments.more, parts)
         for group in segments.groups(compiled=compiled):
             q, k, v = _gathered(sources, group)
             g = _gather(gradients, group, group.index, group.length)
@@ -234,15 +238,21 @@ class _Rows:
     def put(self, group: Group, part_NHLD: Tensor) -> None:
         """Of keys and values, what belongs to the segment that the group continues comes first: it is added up."""
         if ahead := part_NHLD.shape[2] - group.length:
-            more = part_NHLD[:, :, :ahead].sum(0, dtype=torch.float32).transpose(0, 1)
-            first, part_NHLD = group.before[0], part_NHLD[:, :, ahead:]
-            self._more[first] = self._more[first].add_(more) if first in self._more else more
+            self.add([group.before], part_NHLD[:, :, :ahead].sum(0, dtype=torch.float32).transpose(0, 1))
+            part_NHLD = part_NHLD[:, :, ahead:]
         by_position = part_NHLD.transpose(1, 2)
         if group.index is None:
             ((first, length),) = group.where
             self._values.narrow(0, first, length).copy_(by_position[0])
         else:
             self._values.index_copy_(0, group.index, by_position.flatten(0, 1))
+
+    def add(self, where: Sequence[tuple[int, int]], parts: Tensor) -> None:
+        """Rows of float32 that are added to these positions (first and number), one after the other."""
+        if not where:
+            return
+        for (first, _), part in zip(where, parts.split([count for _, count in where]), strict=True):
+            self._more[first] = self._more[first].add_(part) if first in self._more else part
 
     def values(self) -> Tensor:
         """All positions, and one more: P + 1, heads, size."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,9 +71,13 @@ class Segments:
         self.padded = sum(entry[1] for entry in where) < self.rows * width
         longest = LONGEST if products_library() is not None else 0
         by_length = sorted(where, key=lambda entry: -entry[1])
-        self.short = [number for entry in by_length if entry[1] <= longest and not entry[3] for number in entry[:2]]
-        """First position and length in turn of the segments that the compiled loops attend to."""
-        others = [entry for entry in by_length if entry[1] > longest or entry[3]]
+        short = [entry for entry in by_length if entry[1] + entry[3] <= longest]
+        offsets = [0, *accumulate(entry[3] for entry in short)]
+        self.short = [number for entry, offset in zip(short, offsets, strict=False) for number in (*entry, offset)]
+        """Where the segments are that the compiled loops attend to, as `attend_` takes it."""
+        self.more = [(entry[2], entry[3]) for entry in short if entry[3]]
+        """Of those of them that continue another one, in their order, its first position and its length."""
+        others = [entry for entry in by_length if entry[1] + entry[3] > longest]
         self._by_products = tuple(_group(length, members, self.rows * width, device) for length, members in _alike(others))
         self._whole: tuple[Group, ...] | None = None if self.short else self._by_products
         self._by_length, self._device = by_length, device

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sartor.kernels.attend import attend_, attend_backward_
+from sartor.kernels.attend import NUMBERS, attend_, attend_backward_
 from sartor.kernels.lora import add_low_rank_, low_rank_backward_
 from sartor.kernels.loss import Extent, linear_cross_entropy_
 from sartor.predict.operations import Operation
@@ -54,12 +54,14 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
 def attention_of_examples(args: Sequence[Any], *, backward: bool) -> list[Operation]:
     """A call of `attend_` or of its backward, as if all its work were on examples of one length: that of most of it."""
     query, key, value = args[1:4] if backward else args[:3]
-    where = args[7 if backward else 4]
+    where = args[9 if backward else 4]
     heads, size, value_size, itemsize = query.shape[1], query.shape[2], value.shape[2], query.element_size()
     wide, narrow = (3, 2) if backward else (1, 1)
-    lengths = where[1::2]
-    positions, squares = sum(lengths), sum(length**2 for length in lengths)
-    length = sum(length**3 for length in lengths) // squares
+    lengths, befores = where[1::NUMBERS], where[3::NUMBERS]
+    # Of an example's own keys half are skipped, of a beginning's none: these count twice.
+    scores = [length * (length + 2 * before) for length, before in zip(lengths, befores, strict=True)]
+    positions, squares = sum(lengths), sum(scores)
+    length = sum(length * score for length, score in zip(lengths, scores, strict=True)) // squares
     ahead = positions * itemsize * (heads * size + key.shape[1] * (size + value_size))
     result = positions * itemsize * heads * value_size
     made = Operation(
