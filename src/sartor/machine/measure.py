@@ -241,12 +241,12 @@ def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None)
     clock.section(_EXAMPLES_SECONDS)
     for length in _EXAMPLE_LENGTHS:
         count = max(1, 1024 // length)
-        where = [number for n in range(count) for number in (n * length, length)]
+        where = [number for n in range(count) for number in (n * length, length, 0, 0, 0)]
         product = count * _HEADS * length**2 * _HEAD_SIZE
         for dtype in FLOATS:
             with _may_fail(f"attention of short examples in {_name(dtype)}", notes):
                 given = [noise(count * length, _HEADS, _HEAD_SIZE, dtype=dtype) for _ in range(4)]
-                made = [torch.empty_like(given[0]) for _ in range(3)]
+                made = [*(torch.empty_like(given[0]) for _ in range(3)), *(torch.empty(0, _HEADS, _HEAD_SIZE) for _ in range(2))]
                 attend, back = torch.ops.sartor.attend_, torch.ops.sartor.attend_backward_
                 forward = clock.seconds(functools.partial(attend, *given[:3], made[0], where, 0.125, 0))
                 backward = clock.seconds(functools.partial(back, *given, *made, where, 0.125, 0))
