@@ -23,7 +23,7 @@ from sartor.machine import Machine, find_calibration, load_calibration, probe
 from sartor.machine import calibration as module
 from sartor.machine import measure as measure_module
 from sartor.machine.calibrate import calibrate
-from sartor.machine.calibration import Calibration, calibration_key, save_calibration
+from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
 from sartor.machine.clock import Clock
 from sartor.machine.measure_links import disk_rate, measure_collectives
 
@@ -171,7 +171,7 @@ def test_rates_hold_for_one_machine(machine: Machine, measured: Calibration) -> 
         (lambda text: text[:100], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "another version"),
-        (lambda text: text.replace('"version": 3', '"version": 0'), "another version"),
+        (lambda text: text.replace(f'"version": {CALIBRATION_VERSION}', '"version": 0'), "another version"),
         (lambda text: text.replace('"operator_seconds"', '"operator_second"'), "damaged"),
         (lambda text: text.replace('"dtype": "float32"', '"dtype": 32', 1), "damaged"),
         (lambda text: text.replace('"batch": 1,', '"batch": null,', 1), "damaged"),
@@ -313,4 +313,4 @@ def test_the_clock_takes_the_time_of_the_device_when_it_is_left_alone(monkeypatc
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 3
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 4
