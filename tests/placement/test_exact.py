@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from sartor.data.pack import step_batches
 from sartor.data.tokens import Sample, TokenSet
 from sartor.job import from_mapping
 from sartor.placement import DiskTier, Engine, HostTier, PlacedStep, find_rows
-from sartor.plan.table import RowPlaces, Sizes, Table, uniform
+from sartor.placement.timeline import STREAMS, TIMELINE, Timeline
+from sartor.plan.table import RowPlaces, Sizes, Table, less_and_less, uniform
+from sartor.report.placement import placement_picture
 from sartor.step import Precision, TensorBatch, TrainStep, make_step, make_trainable
+from support import PageChecker
 
 STEPS = 3
 
@@ -149,3 +153,52 @@ def test_activations_away(tmp_path: Path, activations: str) -> None:
 @pytest.mark.parametrize("changes", [{"clip_norm": 0}, {"optimizer": "sgd"}, {"loss": "hf"}])
 def test_untied_head_and_other_steps(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert_same(tmp_path, "host", method="full", mode="float32", micro_batches=2, tied=False, **changes)
+
+
+def test_less_in_memory_from_the_second_step_on(tmp_path: Path) -> None:
+    """As after a shortage: a step is given up, more lives on disk, and the numbers stay."""
+    model = make_llama()
+    plain = make(copy.deepcopy(model), method="full", mode="float32")
+    wanted = run(plain, 2)
+    moved = placed(make(model, method="full", mode="float32"), tmp_path, "mixed")
+    steps = list(batches(2))
+    losses = []
+    for number, (cut, trained_tokens) in enumerate(steps):
+        if number == 1:
+            moved.backward(cut, trained_tokens)
+            moved.discard()
+            moved.engine.clear()
+            assert not any(live.weights.here for live in moved.engine.rows if live.weights is not None)
+            before = moved.engine.table
+            sizes = [Sizes.of(live.row) for live in moved.engine.rows]
+            fewer = list(less_and_less(sizes, "disk", before))[-1]
+            assert fewer.kept_bytes(sizes) < before.kept_bytes(sizes)
+            moved.rearrange(fewer, limit=fewer.least_bytes(sizes), update_limit=fewer.least_bytes(sizes))
+        losses += moved.backward(cut, trained_tokens).losses
+        moved.update(1e-2)
+    assert all(map(torch.equal, wanted[0], losses))
+    moved.engine.detach()
+    assert all(torch.equal(parameter, moved.parameters[name]) for name, parameter in plain.parameters.items())
+
+
+def test_a_step_leaves_a_timeline(tmp_path: Path) -> None:
+    moved = placed(make(make_llama(), method="full", mode="float32"), tmp_path, "disk")
+    run(moved, 2)
+    timeline = moved.timeline
+    assert timeline is not None
+    (tmp_path / TIMELINE).write_text(json.dumps(timeline.to_mapping()))
+    assert Timeline.read(tmp_path) == timeline
+    assert Timeline.read(tmp_path / "elsewhere") is None
+    assert {span.stream for span in timeline.spans} == set(STREAMS)
+    assert all(0 <= span.start <= span.end <= timeline.seconds for span in timeline.spans)
+    assert max(level.device for level in timeline.levels) <= moved.engine.gauge.peak_bytes
+    assert all(0 < timeline.busy(stream) <= timeline.seconds for stream in STREAMS)
+    rows = [live.name for live in moved.engine.rows]
+    assert [span.name for span in timeline.spans if span.stream == "update"] == rows
+    memory = placement_picture(timeline)
+    checker = PageChecker()
+    checker.feed(memory["placement_memory"] + memory["placement_streams"])
+    assert checker.tags.count("svg") == 2
+    assert checker.tags.count("rect") > len(rows)
+    assert {"stays in memory", "brought into memory", "lives on host and disk"} <= set(checker.text)
+    assert placement_picture(None)["placement_memory"] == ""

@@ -108,6 +108,39 @@ def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_
     assert told["disk"][0] == told["disk"][1] > 0
 
 
+_CAPPED = """
+import json, resource, sys
+import psutil, sartor
+
+class Cap(sartor.Observer):
+    # After the second step, the process may have so many bytes more, or less.
+    def stepped(self, record):
+        if record.step == 2:
+            used = psutil.Process().memory_info().data
+            resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+
+    def said(self, text):
+        print(text)
+
+sartor.train(json.loads(sys.argv[1]), observers=[Cap()])
+"""
+ROOM = -20 * 2**20
+"""Without what the run keeps in reserve (64 MiB): more than a block needs in its update, less than three."""
+
+
+def test_a_placed_run_that_runs_out_of_memory_goes_on_with_less(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    widen(job_tree, tmp_path, 256)
+    job_tree["training"]["max_steps"] = 4
+    _, wanted = run(job_tree, tmp_path / "plain", **job_tree["strategy"])
+    job_tree["strategy"]["placement"] = "disk"
+    command = [sys.executable, "-c", _CAPPED, json.dumps(job_tree), str(ROOM)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "memory ran out in step 3" in done.stdout
+    assert "Going on with" in done.stdout
+    assert [line["loss"] for line in read_metrics(Path(job_tree["output"])) if "loss" in line] == wanted
+
+
 class Full(sartor.Observer):
     """After the fourth step, no file may be longer than this."""
 
