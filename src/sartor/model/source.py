@@ -68,7 +68,8 @@ def weights_folder(source: ModelSource) -> Path | None:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    maybe = {"revision": source.revision, "_raise_exceptions_for_missing_entries": False}
+    options = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    maybe: dict[str, Any] = {"revision": source.revision, **dict.fromkeys(options, False)}
     try:
         index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **maybe)
         if index is not None:
