@@ -137,11 +137,15 @@ def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
 
 
 def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> Placement | None:
-    """With `at_least` so much less in memory, and an eighth less in any case: first what is fetched ahead goes, then what stayed.
+    """With `at_least` so much less in memory, and a quarter less where that can be: first what is fetched ahead goes, then what stayed.
     None where not so much can go."""
     before = placement.memory_bytes(sizes)
-    target = before - max(at_least, before // 8)
-    for table in [placement.table, *less_and_less(sizes, "disk", placement.table)]:
+    tables = [placement.table, *less_and_less(sizes, "disk", placement.table)]
+    least = min(table.kept_bytes(sizes) + table.least_bytes(sizes) for table in tables)
+    target = before - max(at_least, min(before // 4, before - least))
+    if target >= before:
+        return None
+    for table in tables:
         left = target - table.kept_bytes(sizes)
         if left >= table.least_bytes(sizes):
             return Placement(

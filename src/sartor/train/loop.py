@@ -138,7 +138,7 @@ def _train(
                 raise
         if shortage is not None:  # the error is gone by now, and what its frames held
             clear_up(bench)
-            if world.leads and not shortage.updating:
+            if world.leads and not shortage.updating and not (folder / f"checkpoint-{progress.step}").is_dir():
                 saved.save(folder, state, progress)
             plan = recover(plan, bench, shortage, progress.step, watchers.said)
             files.write_text(folder / "plan.yaml", plan.to_yaml())
