@@ -137,8 +137,8 @@ def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
 
 
 def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> Placement | None:
-    """With `at_least` so much less in memory, and a quarter less where that can be: first what is fetched ahead goes, then what stayed.
-    None where not so much can go."""
+    """With `at_least` so much less in memory, and a quarter less where that can be: first what is fetched ahead goes, then what
+    stayed. None where not so much can go."""
     before = placement.memory_bytes(sizes)
     tables = [placement.table, *less_and_less(sizes, "disk", placement.table)]
     least = min(table.kept_bytes(sizes) + table.least_bytes(sizes) for table in tables)
