@@ -113,11 +113,11 @@ import json, resource, sys
 import psutil, sartor
 
 class Cap(sartor.Observer):
-    # After the second step, the process may have so many bytes more, or less.
+    # In the third step, the process may have so many bytes more than before, or less.
     def stepped(self, record):
-        if record.step == 2:
-            used = psutil.Process().memory_info().data
-            resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+        used = psutil.Process().memory_info().data
+        room = used + int(sys.argv[2]) if record.step == 2 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_DATA, (room, resource.RLIM_INFINITY))
 
     def said(self, text):
         print(text)
