@@ -164,12 +164,12 @@ class _Walk:
 
     def estimate_partial(self, again: Sequence[Strategy]) -> None:
         """Of each candidate that recomputes all blocks: the same with about as many as it takes. How many is found out when its
-        turn comes."""
+        turn comes. On one device only: over several, estimates of time are not close enough to tell such candidates apart."""
         blocks = self.setting.blocks
         for strategy in again:
             none, full = self._without(strategy), self.known[strategy]
             room = self.room // strategy.processes
-            if none is None or blocks < 2 or strategy.layout.pipeline > 1 or full.bytes > HOPELESS * room:
+            if none is None or blocks < 2 or strategy.layout.devices > 1 or full.bytes > HOPELESS * room:
                 continue
             count = guess(none.bytes, full.bytes, int(TIGHT_SHARE * room), blocks)
             if count is not None:
@@ -215,7 +215,8 @@ class _Walk:
                 if forecast.verdict in FITS:
                     self._note_slower(entry)
                     return self._choice(entry.strategy, forecast)
-            if beyond is not None and self.setting.blocks:  # with one block recomputed it may be the fastest
+            if beyond is not None and self.setting.blocks and entry.strategy.layout.devices == 1:
+                # with one block recomputed it may be the fastest
                 beyond = min(beyond, (1 + LEAST_FORWARD_SHARE / self.setting.blocks) * entry.seconds)
         return None
 
