@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,17 @@ class WeightFiles:
 
     def names(self) -> list[str]:
         return list(self._entries)
+
+    def resident_bytes(self, dtype: torch.dtype) -> int:
+        """What transformers has in memory when it has loaded all of them in this format: files are mapped, and tensors that are
+        stored in another floating-point format are copied while they are."""
+        total = 0
+        for entry in self._entries.values():
+            stored = _DTYPES.get(entry.dtype)
+            total += entry.end - entry.start
+            if stored is not None and stored.is_floating_point and stored != dtype:
+                total += math.prod(entry.shape) * dtype.itemsize
+        return total
 
     def empty(self, name: str) -> Tensor:
         """A tensor of this one's shape and format, to read it into."""

@@ -57,9 +57,9 @@ def attention_of_examples(args: Sequence[Any], *, backward: bool) -> list[Operat
     where = args[9 if backward else 4]
     heads, size, value_size, itemsize = query.shape[1], query.shape[2], value.shape[2], query.element_size()
     wide, narrow = (3, 2) if backward else (1, 1)
-    lengths, befores = where[1::NUMBERS], where[3::NUMBERS]
+    lengths, ahead_of_it = where[1::NUMBERS], where[3::NUMBERS]
     # Of an example's own keys half are skipped, of a beginning's none: these count twice.
-    scores = [length * (length + 2 * before) for length, before in zip(lengths, befores, strict=True)]
+    scores = [length * (length + 2 * before) for length, before in zip(lengths, ahead_of_it, strict=True)]
     positions, squares = sum(lengths), sum(scores)
     length = sum(length * score for length, score in zip(lengths, scores, strict=True)) // squares
     ahead = positions * itemsize * (heads * size + key.shape[1] * (size + value_size))
