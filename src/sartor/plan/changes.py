@@ -17,6 +17,7 @@ from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
 from sartor.step import Precision
 
+QLORA = "method=qlora"
 Change = tuple[str, Setting, Strategy]
 """What to write, and what is then run."""
 
@@ -56,8 +57,13 @@ def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) ->
 
 
 def _forecasts(setting: Setting, strategy: Strategy) -> Iterator[tuple[str, MemoryForecast]]:
+    enough = False
     for words, changed, other in _changes(setting, strategy):
-        yield words, forecast_of(changed, other)
+        if words == QLORA and enough and strategy.layout.shared > 1:
+            continue  # devices share the frozen weights already: 4 bits of them save little, and a trace takes seconds
+        forecast = forecast_of(changed, other)
+        enough = enough or forecast.verdict in ("fits", "tight")
+        yield words, forecast
 
 
 def _room(forecast: MemoryForecast, before: int | None) -> str:
@@ -88,7 +94,7 @@ def _changes(setting: Setting, strategy: Strategy) -> Iterator[Change]:
         yield "method=lora", dataclasses.replace(setting, job=lora, method=traits(lora)), strategy
     if job.method in ("full", "lora") and job.quantise is None:
         qlora = dataclasses.replace(job, method="qlora", quantise=QuantiseJob())
-        yield "method=qlora", dataclasses.replace(setting, job=qlora, method=traits(qlora)), strategy
+        yield QLORA, dataclasses.replace(setting, job=qlora, method=traits(qlora)), strategy
     yield from _shorter(setting, strategy)
 
 

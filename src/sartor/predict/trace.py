@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,12 +67,14 @@ def trace_steps(
             _tag_weights(tracker, model, reduction)
         tracker.follow(model, reduction)
         step = make_step(model)
-        # Under FSDP2 both steps run: the first one, on a single micro-batch, sets up what the second one finds.
+        # Of several micro-batches under FSDP2 both steps run: the first one, on one of them, sets up what the second one finds.
         same = later is None or later is batches
-        first = batches[:1] if same and sharded and isinstance(step, TrainStep) and not _alike(step, batches) else batches
-        gradients = run_traced_step(tracker, step, first, _trained(batches), shorten=True)
+        once = len(batches) == 1 and _is_wrapped(model)  # then it is the second one over
+        again = same and sharded and isinstance(step, TrainStep) and not once and not _alike(step, batches)
+        first = batches[:1] if again else batches
+        passed = run_traced_step(tracker, step, first, _trained(batches), shorten=True)
         if same:
-            repeat_traced_step(tracker, step, batches, _trained(batches), gradients, again=first is not batches)
+            repeat_traced_step(tracker, step, batches, _trained(batches), passed, again=again)
         elif later:
             run_traced_step(tracker, step, later, _trained(later), number=1, shorten=True)
         tracker.close()
@@ -80,6 +83,16 @@ def trace_steps(
 
 def _trained(batches: Sequence[Batch]) -> int:
     return max(sum(batch.trained_tokens for batch in batches), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What the passes of a traced step gave."""
+
+    gradients: dict[str, int]
+    """Parameter → serial number of its gradient."""
+    shared: dict[str, torch.Tensor]
+    """The gradients themselves, where some share a storage (those of a group of FSDP2's do)."""
 
 
 def run_traced_step(
@@ -91,19 +104,23 @@ def run_traced_step(
     number: int = 0,
     device: str = "cpu",
     shorten: bool = False,
-) -> dict[str, int]:
-    """One step under the tracker, its phases and kinds named. Parameter → serial number of its gradient. `shorten`: of
-    micro-batches that are alike one runs, and its events are repeated."""
+) -> Passed:
+    """One step under the tracker, its phases and kinds named. `shorten`: of micro-batches that are alike one runs, and its events
+    are repeated."""
     tracker.begin(f"step {number + 1}: {PASSES}")
     on_device = [TensorBatch.of(batch, device) for batch in batches]
     if shorten and isinstance(step, TrainStep) and _alike(step, batches):
         _accumulate_alike(tracker, step, on_device, trained_tokens)
     else:
         step.accumulate(on_device, trained_tokens)
-    gradients = {name: tracker.see(p.grad) for name, p in step.parameters.items() if p.grad is not None}
-    tracker.ledger.kinds.update(dict.fromkeys(gradients.values(), "gradients"))
+    gradients = {name: p.grad for name, p in step.parameters.items() if p.grad is not None}
+    serials = {name: tracker.see(gradient) for name, gradient in gradients.items()}
+    tracker.ledger.kinds.update(dict.fromkeys(serials.values(), "gradients"))
+    shared = {} if len(set(serials.values())) == len(serials) else gradients
+    del gradients
     _clip_and_update(tracker, step, number=number)
-    return gradients
+    tracker.forget(shared.values())  # the step has let go of them
+    return Passed(gradients=serials, shared=shared)
 
 
 def _alike(step: TrainStep, batches: Sequence[Batch]) -> bool:
@@ -111,7 +128,12 @@ def _alike(step: TrainStep, batches: Sequence[Batch]) -> bool:
     several are under way, and not under FSDP2, whose first pass sets things up."""
     if len(batches) < 2 or any(batch is not batches[0] for batch in batches):
         return False
-    return not any(type(module).__name__.startswith("FSDP") for module in step.model.modules())
+    return not _is_wrapped(step.model)
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether FSDP2 wraps it."""
+    return any(type(module).__name__.startswith("FSDP") for module in model.modules())
 
 
 def _accumulate_alike(tracker: StorageTracker, step: TrainStep, on_device: Sequence[TensorBatch], trained_tokens: int) -> None:
@@ -148,19 +170,23 @@ def repeat_traced_step(
     step: TrainStep | PipelineStep,
     batches: Sequence[Batch],
     trained_tokens: int,
-    gradients: dict[str, int],
+    passed: Passed,
     *,
     again: bool = False,
 ) -> None:
     """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place.
     `again`: it has to run, whatever the first one did."""
-    shared = len(set(gradients.values())) < len(gradients)  # gradients that share storages (FSDP2's do) cannot be put there
-    if again or shared or _happened_once(tracker.ledger):
+    if again or _happened_once(tracker.ledger):
         run_traced_step(tracker, step, batches, trained_tokens, number=1)
         return
     copies = tracker.repeat(f"step 1: {PASSES}", f"step 2: {PASSES}")
-    for name, serial in gradients.items():
+    for name, serial in passed.gradients.items():
         parameter = step.parameters[name]
+        if passed.shared:  # those of the first step once more: no others can be laid out like them
+            parameter.grad = passed.shared.pop(name)
+            if serial in copies:
+                tracker.adopt(parameter.grad, copies.pop(serial))
+            continue
         with tracker.unseen():
             dtype = parameter.grad_dtype
             parameter.grad = torch.empty_like(parameter, dtype=None if dtype == parameter.dtype else dtype)
@@ -181,7 +207,7 @@ def _happened_once(ledger: Ledger) -> bool:
             freed.add(event.storage)
             if passes and event.storage not in made:
                 early.add(event.storage)
-        elif passes:
+        elif passes and event.size_bytes:
             made.add(event.storage)
     return bool(early or made - freed)
 

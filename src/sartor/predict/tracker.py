@@ -221,6 +221,11 @@ class StorageTracker(TorchDispatchMode):
         self._track(storage, serial, self.ledger.events[at].unit)
         self._created[storage._cdata] = at
 
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note the end of tensors that are gone for the step, though somebody still holds them."""
+        for key in {_storage(tensor)._cdata for tensor in tensors}:
+            self._free(key)
+
     def release(self, serials: Iterable[int]) -> None:
         """Note the end of storages that `repeat` noted and nobody adopted."""
         made = {event.storage: event for event in self.ledger.events if event.size_bytes >= 0}
@@ -294,7 +299,7 @@ class StorageTracker(TorchDispatchMode):
         self._closed = True
 
     def _free(self, key: int) -> None:
-        if self._closed:
+        if self._closed or key not in self._sizes:  # or it was forgotten before it died
             return
         unit = self._units.pop(key) if self._unit == OUTSIDE else self._unit
         self._units.pop(key, None)
