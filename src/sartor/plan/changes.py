@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 
 from sartor.errors import DoesNotFit
@@ -18,6 +19,8 @@ from sartor.predict import MemoryForecast
 from sartor.step import Precision
 
 QLORA = "method=qlora"
+PATIENCE_SECONDS = 3.0
+"""After so long no further change is forecast where one is known that helps: of the largest models each takes seconds."""
 Change = tuple[str, Setting, Strategy]
 """What to write, and what is then run."""
 
@@ -57,8 +60,10 @@ def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) ->
 
 
 def _forecasts(setting: Setting, strategy: Strategy) -> Iterator[tuple[str, MemoryForecast]]:
-    enough = False
+    enough, start = False, time.monotonic()
     for words, changed, other in _changes(setting, strategy):
+        if enough and time.monotonic() - start > PATIENCE_SECONDS:
+            return
         if words == QLORA and enough and strategy.layout.shared > 1:
             continue  # devices share the frozen weights already: 4 bits of them save little, and a trace takes seconds
         forecast = forecast_of(changed, other)
