@@ -100,10 +100,11 @@ def test_what_is_tight_says_what_leaves_more_room(job_tree: dict[str, Any]) -> N
     assert ", saves " in note
 
 
-def test_what_nothing_helps_is_refused_too(job_tree: dict[str, Any]) -> None:
+def test_where_only_more_memory_helps_it_says_how_much(job_tree: dict[str, Any]) -> None:
     job_tree["machine"]["host_memory"] = "60MiB"
-    with pytest.raises(DoesNotFit, match="nothing that was tried alone is enough"):
+    with pytest.raises(DoesNotFit) as refused:
         sartor.plan(job_tree)
+    assert re.fullmatch(r"machine\.host_memory=\d+MiB, where this machine has that much", refused.value.remedy)
 
 
 def test_pinned_parts_are_kept(job_tree: dict[str, Any]) -> None:
