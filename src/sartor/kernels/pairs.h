@@ -22,42 +22,31 @@ typedef uint32_t __attribute__((may_alias)) pair;
 
 inline pair pair_at(const bf16 *at) { pair both; std::memcpy(&both, at, 4); return both; }
 
-// As `tile`, with `depth` pairs.
-template <int COUNT, int WIDTH>
-inline void pair_tile(const pair *a, int64_t down, int64_t along, const pair *b, int64_t b_row, float *c, int64_t c_row,
-                      int64_t depth, bool more) {
-    __m512 sums[COUNT][WIDTH];
-    for (int i = 0; i < COUNT; i++)
-        for (int j = 0; j < WIDTH; j++) sums[i][j] = more ? _mm512_loadu_ps(c + i * c_row + j * LANES) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k++) {
-        __m512i row[WIDTH];
-        for (int j = 0; j < WIDTH; j++) row[j] = _mm512_loadu_si512(b + k * b_row + j * LANES);
-        for (int i = 0; i < COUNT; i++) {
-            const __m512i factor = _mm512_set1_epi32(int(a[i * down + k * along]));
-            for (int j = 0; j < WIDTH; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], __m512bh(factor), __m512bh(row[j]));
-        }
-    }
-    for (int i = 0; i < COUNT; i++)
-        for (int j = 0; j < WIDTH; j++) _mm512_storeu_ps(c + i * c_row + j * LANES, sums[i][j]);
-}
+struct in_pairs_of_numbers {
+    using number = pair;
 
-// As `product`, with `depth` pairs.
+    template <int COUNT, int WIDTH>
+    static inline void tile(const pair *a, int64_t down, int64_t along, const pair *b, int64_t b_row, float *c, int64_t c_row,
+                            int64_t depth, bool more) {
+        __m512 sums[COUNT][WIDTH];
+        for (int i = 0; i < COUNT; i++)
+            for (int j = 0; j < WIDTH; j++) sums[i][j] = more ? _mm512_loadu_ps(c + i * c_row + j * LANES) : _mm512_setzero_ps();
+        for (int64_t k = 0; k < depth; k++) {
+            __m512i row[WIDTH];
+            for (int j = 0; j < WIDTH; j++) row[j] = _mm512_loadu_si512(b + k * b_row + j * LANES);
+            for (int i = 0; i < COUNT; i++) {
+                const __m512i factor = _mm512_set1_epi32(int(a[i * down + k * along]));
+                for (int j = 0; j < WIDTH; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], __m512bh(factor), __m512bh(row[j]));
+            }
+        }
+        for (int i = 0; i < COUNT; i++)
+            for (int j = 0; j < WIDTH; j++) _mm512_storeu_ps(c + i * c_row + j * LANES, sums[i][j]);
+    }
+};
+
 inline void pair_product(const pair *a, int64_t down, int64_t along, const pair *b, int64_t b_row, float *c, int64_t c_row,
                          int64_t rows, int64_t columns, int64_t depth, bool more) {
-    for (int64_t j = 0; j < columns; j += COLUMNS * LANES) {
-        const int64_t left = (columns - j) / LANES;
-        for (int64_t i = 0; i < rows; i += ROWS) {
-            const pair *from = a + i * down, *row = b + j;
-            float *to = c + i * c_row + j;
-            if (left >= COLUMNS) pair_tile<ROWS, COLUMNS>(from, down, along, row, b_row, to, c_row, depth, more);
-            else if (left == 3) pair_tile<ROWS, 3>(from, down, along, row, b_row, to, c_row, depth, more);
-            else if (left == 2) pair_tile<ROWS, 2>(from, down, along, row, b_row, to, c_row, depth, more);
-            else if (rows - i >= TALL) {
-                pair_tile<TALL, 1>(from, down, along, row, b_row, to, c_row, depth, more);
-                i += TALL - ROWS;
-            } else pair_tile<ROWS, 1>(from, down, along, row, b_row, to, c_row, depth, more);
-        }
-    }
+    product<in_pairs_of_numbers>(a, down, along, b, b_row, c, c_row, rows, columns, depth, more);
 }
 
 inline __m512 widened(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }

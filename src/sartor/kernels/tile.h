@@ -33,41 +33,51 @@ inline int64_t thread_number() {
 }
 
 // COUNT rows x WIDTH vectors of c = a b, or of c += a b. a[i, k] lies at i * down + k * along.
-template <int COUNT, int WIDTH>
-inline void tile(const float *a, int64_t down, int64_t along, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth,
-                 bool more) {
-    lanes sums[COUNT][WIDTH];
-    for (int i = 0; i < COUNT; i++)
-        for (int j = 0; j < WIDTH; j++) sums[i][j] = more ? *(const lanes *)(c + i * c_row + j * LANES) : lanes{};
-    for (int64_t k = 0; k < depth; k++) {
-        lanes row[WIDTH];
-        for (int j = 0; j < WIDTH; j++) row[j] = *(const lanes *)(b + k * b_row + j * LANES);
-        for (int i = 0; i < COUNT; i++) {
-            const float factor = a[i * down + k * along];
-            for (int j = 0; j < WIDTH; j++) sums[i][j] += factor * row[j];
-        }
-    }
-    for (int i = 0; i < COUNT; i++)
-        for (int j = 0; j < WIDTH; j++) *(lanes *)(c + i * c_row + j * LANES) = sums[i][j];
-}
+struct in_floats {
+    using number = float;
 
-// c = a b or c += a b. `rows` is a multiple of ROWS, `columns` of LANES.
-inline void product(const float *a, int64_t down, int64_t along, const float *b, int64_t b_row, float *c, int64_t c_row,
-                    int64_t rows, int64_t columns, int64_t depth, bool more) {
+    template <int COUNT, int WIDTH>
+    static inline void tile(const float *a, int64_t down, int64_t along, const float *b, int64_t b_row, float *c, int64_t c_row,
+                            int64_t depth, bool more) {
+        lanes sums[COUNT][WIDTH];
+        for (int i = 0; i < COUNT; i++)
+            for (int j = 0; j < WIDTH; j++) sums[i][j] = more ? *(const lanes *)(c + i * c_row + j * LANES) : lanes{};
+        for (int64_t k = 0; k < depth; k++) {
+            lanes row[WIDTH];
+            for (int j = 0; j < WIDTH; j++) row[j] = *(const lanes *)(b + k * b_row + j * LANES);
+            for (int i = 0; i < COUNT; i++) {
+                const float factor = a[i * down + k * along];
+                for (int j = 0; j < WIDTH; j++) sums[i][j] += factor * row[j];
+            }
+        }
+        for (int i = 0; i < COUNT; i++)
+            for (int j = 0; j < WIDTH; j++) *(lanes *)(c + i * c_row + j * LANES) = sums[i][j];
+    }
+};
+
+// c = a b or c += a b. `rows` is a multiple of ROWS, `columns` of LANES; `depth` numbers are summed over (of pairs.h: pairs).
+template <class Kind>
+inline void product(const typename Kind::number *a, int64_t down, int64_t along, const typename Kind::number *b, int64_t b_row,
+                    float *c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool more) {
     for (int64_t j = 0; j < columns; j += COLUMNS * LANES) {
         const int64_t left = (columns - j) / LANES;
         for (int64_t i = 0; i < rows; i += ROWS) {
-            const float *from = a + i * down, *row = b + j;
+            const auto *from = a + i * down, *row = b + j;
             float *to = c + i * c_row + j;
-            if (left >= COLUMNS) tile<ROWS, COLUMNS>(from, down, along, row, b_row, to, c_row, depth, more);
-            else if (left == 3) tile<ROWS, 3>(from, down, along, row, b_row, to, c_row, depth, more);
-            else if (left == 2) tile<ROWS, 2>(from, down, along, row, b_row, to, c_row, depth, more);
+            if (left >= COLUMNS) Kind::template tile<ROWS, COLUMNS>(from, down, along, row, b_row, to, c_row, depth, more);
+            else if (left == 3) Kind::template tile<ROWS, 3>(from, down, along, row, b_row, to, c_row, depth, more);
+            else if (left == 2) Kind::template tile<ROWS, 2>(from, down, along, row, b_row, to, c_row, depth, more);
             else if (rows - i >= TALL) {
-                tile<TALL, 1>(from, down, along, row, b_row, to, c_row, depth, more);
+                Kind::template tile<TALL, 1>(from, down, along, row, b_row, to, c_row, depth, more);
                 i += TALL - ROWS;
-            } else tile<ROWS, 1>(from, down, along, row, b_row, to, c_row, depth, more);
+            } else Kind::template tile<ROWS, 1>(from, down, along, row, b_row, to, c_row, depth, more);
         }
     }
+}
+
+inline void product(const float *a, int64_t down, int64_t along, const float *b, int64_t b_row, float *c, int64_t c_row,
+                    int64_t rows, int64_t columns, int64_t depth, bool more) {
+    product<in_floats>(a, down, along, b, b_row, c, c_row, rows, columns, depth, more);
 }
 
 // `count` rows of `size` numbers, times `scale`, to rows of `width`; zeros up to there and up to `room` rows.
