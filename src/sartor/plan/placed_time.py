@@ -71,20 +71,8 @@ def time_of(
     backward = (2.0 if trained and timing.setting.job.method == "full" else 1.0) + strategy.recompute
     seconds = step_seconds(time, strategy.placement, sizes, disk, micro_batches=micro_batches, backward=backward)
     waits = seconds - time.step_seconds
-    slower = seconds / time.step_seconds
-    return dataclasses.replace(
-        time,
-        step_seconds=seconds,
-        interval_seconds=(time.interval_seconds[0] * slower, time.interval_seconds[1] * slower),
-        tokens_per_second=time.tokens_per_second / slower,
-        sequences_per_second=time.sequences_per_second / slower,
-        mfu=time.mfu / slower,
-        breakdown={**time.breakdown, "disk": waits},
-        job_hours=time.job_hours * slower,
-        cost_usd=None if time.cost_usd is None else time.cost_usd * slower,
-        energy_kwh=None if time.energy_kwh is None else time.energy_kwh * slower,
-        notes=(*time.notes, f"the disk's rates are those measured in {disk.folder}"),
-    )
+    note = f"the disk's rates are those measured in {disk.folder}"
+    return time.taking(seconds, breakdown={**time.breakdown, "disk": waits}, notes=(*time.notes, note))
 
 
 def step_seconds(

@@ -68,17 +68,5 @@ def with_sums(time: TimeForecast, processes: int, sent: float) -> TimeForecast:
     seconds go into gradients and weights on their way."""
     updates = (processes - 1) * time.breakdown["optimizer"]
     seconds = time.step_seconds + updates + sent
-    slower = seconds / time.step_seconds
     parts = {**time.breakdown, "optimizer": time.breakdown["optimizer"] + updates, "communication": sent}
-    return dataclasses.replace(
-        time,
-        step_seconds=seconds,
-        interval_seconds=(time.interval_seconds[0] * slower, time.interval_seconds[1] * slower),
-        tokens_per_second=time.tokens_per_second / slower,
-        sequences_per_second=time.sequences_per_second / slower,
-        mfu=time.mfu / slower,
-        breakdown=parts,
-        job_hours=time.job_hours * slower,
-        cost_usd=None if time.cost_usd is None else time.cost_usd * slower,
-        energy_kwh=None if time.energy_kwh is None else time.energy_kwh * slower,
-    )
+    return time.taking(seconds, breakdown=parts)

@@ -6,6 +6,7 @@ Pure functions of a traced step (`sartor.predict.operations`), rates (`sartor.pr
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,22 @@ class TimeForecast:
     cost_usd: float | None = None
     energy_kwh: float | None = None
     notes: tuple[str, ...] = ()
+
+    def taking(self, seconds: float, **changes: Any) -> TimeForecast:
+        """The same work in steps of so many seconds. `changes`: other fields."""
+        slower = seconds / self.step_seconds
+        return dataclasses.replace(
+            self,
+            step_seconds=seconds,
+            interval_seconds=(self.interval_seconds[0] * slower, self.interval_seconds[1] * slower),
+            tokens_per_second=self.tokens_per_second / slower,
+            sequences_per_second=self.sequences_per_second / slower,
+            mfu=self.mfu / slower,
+            job_hours=self.job_hours * slower,
+            cost_usd=None if self.cost_usd is None else self.cost_usd * slower,
+            energy_kwh=None if self.energy_kwh is None else self.energy_kwh * slower,
+            **changes,
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """As `sartor plan --json` prints it."""
