@@ -22,18 +22,24 @@ GIB = 2**30
 MICRO_BATCHES = (8, 4, 2, 1)
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> dict[str, Any]:
+def job_of(folder: Path, *, width: int, layers: int, heads: int, vocabulary: int, length: int, batch: int) -> dict[str, Any]:
+    """Full fine-tuning of a Llama of these sizes on two steps of examples as long as this."""
     LlamaConfig(
-        vocab_size=8192, hidden_size=1024, intermediate_size=2752, num_hidden_layers=12, num_attention_heads=16,
-    ).save_pretrained(tmp_path)  # fmt: skip
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+        num_attention_heads=heads,
+    ).save_pretrained(folder)  # fmt: skip
     return {
-        "model": str(tmp_path / "config.json"),
-        "data": {"synthetic": {"length": 1024, "examples": 32}, "packing": False},
+        "model": str(folder / "config.json"),
+        "data": {"synthetic": {"length": length, "examples": 2 * batch}, "packing": False},
         "method": "full",
-        "training": {"epochs": 1, "global_batch": 16},
+        "training": {"epochs": 1, "global_batch": batch},
         "machine": "A10-24GB",
     }
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    return job_of(tmp_path, width=1024, layers=12, heads=16, vocabulary=8192, length=1024, batch=16)
 
 
 def planned(job: dict[str, Any], room: int, **strategy: Any) -> Plan | None:
@@ -62,16 +68,7 @@ def test_the_choice_is_that_of_trying_everything(job: dict[str, Any], room_gib: 
 @pytest.fixture
 def narrow(tmp_path: Path) -> dict[str, Any]:
     """Eight blocks, and activations that outweigh all else."""
-    LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    return {
-        "model": str(tmp_path / "config.json"),
-        "data": {"synthetic": {"length": 512, "examples": 16}, "packing": False},
-        "method": "full",
-        "training": {"epochs": 1, "global_batch": 8},
-        "machine": "A10-24GB",
-    }
+    return job_of(tmp_path, width=256, layers=8, heads=4, vocabulary=512, length=512, batch=8)
 
 
 def test_no_more_blocks_recompute_than_have_to(narrow: dict[str, Any]) -> None:

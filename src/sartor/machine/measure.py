@@ -214,7 +214,6 @@ def _attention(clock: Clock, notes: list[str]) -> Iterator[AttentionRate]:
     for length in _LENGTHS if clock.device.type == "cpu" else _LENGTHS + _DEVICE_LENGTHS:
         batch = max(1, (2048 if clock.device.type == "cpu" else 16_384) // length)
         mask = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, length, length)
-        product = batch * _HEADS * length**2 * _HEAD_SIZE
         for dtype in FLOATS:
             for form, given in (("causal", None), ("masked", mask)):
                 if clock.late:
@@ -222,16 +221,7 @@ def _attention(clock: Clock, notes: list[str]) -> Iterator[AttentionRate]:
                     continue
                 with _may_fail(f"attention of {_name(dtype)}", notes):
                     forward, backward = _attend(clock, (batch, _HEADS, length, _HEAD_SIZE), dtype, given)
-                    yield AttentionRate(
-                        dtype=_name(dtype),
-                        form=form,
-                        batch=batch,
-                        heads=_HEADS,
-                        length=length,
-                        head_size=_HEAD_SIZE,
-                        forward_flops_per_second=4 * product / forward,
-                        backward_flops_per_second=10 * product / backward,
-                    )
+                    yield _attention_rate(dtype, form, batch, length, (forward, backward))
 
 
 def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None) -> Iterator[AttentionRate]:
@@ -242,7 +232,6 @@ def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None)
     for length in _EXAMPLE_LENGTHS:
         count = max(1, 1024 // length)
         where = [number for n in range(count) for number in (n * length, length, 0, 0, 0)]
-        product = count * _HEADS * length**2 * _HEAD_SIZE
         for dtype in FLOATS:
             with _may_fail(f"attention of short examples in {_name(dtype)}", notes):
                 given = [noise(count * length, _HEADS, _HEAD_SIZE, dtype=dtype) for _ in range(4)]
@@ -250,16 +239,22 @@ def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None)
                 attend, back = torch.ops.sartor.attend_, torch.ops.sartor.attend_backward_
                 forward = clock.seconds(functools.partial(attend, *given[:3], made[0], where, 0.125, 0))
                 backward = clock.seconds(functools.partial(back, *given, *made, where, 0.125, 0))
-                yield AttentionRate(
-                    dtype=_name(dtype),
-                    form="examples",
-                    batch=count,
-                    heads=_HEADS,
-                    length=length,
-                    head_size=_HEAD_SIZE,
-                    forward_flops_per_second=4 * product / forward,
-                    backward_flops_per_second=10 * product / backward,
-                )
+                yield _attention_rate(dtype, "examples", count, length, (forward, backward))
+
+
+def _attention_rate(dtype: torch.dtype, form: str, batch: int, length: int, seconds: tuple[float, float]) -> AttentionRate:
+    """`seconds`: forward and backward."""
+    product = batch * _HEADS * length**2 * _HEAD_SIZE
+    return AttentionRate(
+        dtype=_name(dtype),
+        form=form,
+        batch=batch,
+        heads=_HEADS,
+        length=length,
+        head_size=_HEAD_SIZE,
+        forward_flops_per_second=4 * product / seconds[0],
+        backward_flops_per_second=10 * product / seconds[1],
+    )
 
 
 def _attend(clock: Clock, shape: tuple[int, ...], dtype: torch.dtype, mask: Tensor | None) -> tuple[float, float]:
