@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sartor.data.pack import step_batches
 from sartor.data.tokens import Sample, TokenSet
 from sartor.job import from_mapping
+from sartor.kernels import compact
 from sartor.placement import DiskTier, Engine, HostTier, PlacedStep, find_rows
 from sartor.placement.timeline import STREAMS, TIMELINE, Timeline
+from sartor.plan.placed import row_sizes
 from sartor.plan.table import RowPlaces, Sizes, Table, less_and_less, uniform
 from sartor.report.placement import placement_picture
 from sartor.step import Precision, TensorBatch, TrainStep, make_step, make_trainable
@@ -62,9 +65,11 @@ def batches(micro_batches: int) -> Iterator[tuple[list[TensorBatch], int]]:
         yield [TensorBatch.of(batch, "cpu") for batch in cut], sum(batch.trained_tokens for batch in cut)
 
 
-def make(model: nn.Module, *, method: str, mode: str, recompute: bool = False, **training: Any) -> TrainStep:
+def make(
+    model: nn.Module, *, method: str, mode: str, recompute: bool = False, rounding: str = "nearest", **training: Any
+) -> TrainStep:
     job = from_mapping({"model": "unused", "data": "unused", "method": method, "training": training, "lora": {"rank": 4}})
-    precision = Precision.of(mode)
+    precision = dataclasses.replace(Precision.of(mode), rounding=rounding)
     model = model.to(precision.load_dtype(adapter=method == "lora"))
     trainable = make_trainable(model, job, precision, recompute=recompute, seed=0)
     return make_step(trainable, job, precision, device_kind="cpu")
@@ -104,6 +109,13 @@ def placed(step: TrainStep, tmp_path: Path, place: str, *, activations: str = "d
     return PlacedStep(step, Engine(step.model, rows, table, tiers))
 
 
+def outside(plain: TrainStep, placed: PlacedStep) -> int:
+    """Optimizer state of what is in no row."""
+    rows = {id(p) for live in placed.engine.rows for p in live.trained}
+    names = [name for name, parameter in placed.parameters.items() if id(parameter) not in rows]
+    return sum(v.nbytes for name in names for v in plain.optimizer.state[plain.parameters[name]].values() if v.numel() > 1)
+
+
 def assert_same(
     tmp_path: Path, place: str, *, micro_batches: int, activations: str = "device", tied: bool = True, **job: Any
 ) -> None:
@@ -118,8 +130,10 @@ def assert_same(
         moved.engine.mover.settle()
         here = [live for live in moved.engine.rows if live.weights is not None and live.weights.state != "free"]
         assert len(here) <= 2, "rows that are used do not go"
-        masters = job["mode"] == "bf16-master"
-        sizes = [Sizes.of(row, state_bytes=10 if masters else 8, gradient_bytes=4) for row in find_rows(moved.model)]
+        optimizer = job.get("optimizer", "adamw")
+        sizes = row_sizes(find_rows(moved.model), moved.precision, optimizer, accumulated=micro_batches > 1)
+        kept = sum(v.nbytes for state in plain.optimizer.state.values() for v in state.values() if v.numel() > 1)
+        assert kept == sum(size.state for size in sizes) + outside(plain, moved)
         assert 0 < moved.engine.gauge.peak_bytes <= moved.engine.table.moving_bytes(sizes)
     moved.engine.detach()
     for name, parameter in plain.parameters.items():
@@ -138,6 +152,13 @@ def test_every_tier(tmp_path: Path, place: str, method: str, micro_batches: int)
 @pytest.mark.parametrize("mode", ["bf16-master", "bf16-mixed"])
 def test_precisions(tmp_path: Path, mode: str) -> None:
     assert_same(tmp_path, "disk", method="full", mode=mode, micro_batches=4, clip_norm=0.1)
+
+
+@pytest.mark.parametrize(("mode", "rounding"), [("float32", "nearest"), ("bf16-master", "nearest"), ("bf16", "stochastic")])
+def test_less_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, rounding: str) -> None:
+    monkeypatch.setattr(compact, "SMALLEST", 1024)
+    kinds = {"method": "full", "mode": mode, "rounding": rounding, "optimizer": "adamw-8bit"}
+    assert_same(tmp_path, "disk", micro_batches=2, clip_norm=0.1, **kinds)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

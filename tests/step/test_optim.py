@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,22 @@ def test_precision_modes() -> None:
 def test_masters_in_two_halves_are_for_adamw_on_a_cpu(job: PrecisionJob, kind: str, optimizer: str, what: str) -> None:
     with pytest.raises(JobError, match=what):
         Precision.resolve(job, kind, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "optimizer", "what"),
+    [
+        ("bf16", "cuda", "adamw", "kind cuda"),
+        ("bf16", "cpu", "sgd", "the job's optimizer is sgd"),
+        ("bf16-master", "cpu", "adamw", "keep what rounding loses"),
+        ("float32", "cpu", "adamw-8bit", "what trains is float32"),
+    ],
+)
+def test_where_weights_are_not_rounded_by_chance(mode: Any, kind: str, optimizer: str, what: str) -> None:
+    with pytest.raises(JobError, match=what):
+        Precision.resolve(PrecisionJob(mode=mode, rounding="stochastic"), kind, optimizer=optimizer)
+    made = Precision.resolve(PrecisionJob(rounding="stochastic"), "cpu", optimizer="adamw-8bit")
+    assert made.describe() == "bf16, rounded stochastically"
 
 
 def test_formats_given_one_by_one() -> None:

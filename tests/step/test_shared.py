@@ -36,7 +36,7 @@ def made(mode: str, optimizer: str) -> tuple[TrainStep, dict[str, nn.Parameter]]
     parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
     precision, job = Precision.of(mode), TrainingJob(optimizer=optimizer, weight_decay=0.1)  # type: ignore[arg-type]
     precision.cast_trained(parameters)
-    made_by = make_optimizer(parameters, job, masters=precision.masters)
+    made_by = make_optimizer(parameters, job, precision=precision)
     return TrainStep(Bare(parameters), parameters, made_by, precision=precision, device_kind="cpu", clip_norm=0.5), parameters
 
 

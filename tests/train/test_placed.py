@@ -52,10 +52,15 @@ def test_a_job_on_disk_is_the_same_job(
     assert record["memory"]["forecast_bytes"] == plan.forecast.process_bytes
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16-master"])
+@pytest.mark.parametrize("precision", ["float32", "bf16-master", "stochastic"])
 @pytest.mark.parametrize(("before", "after"), [("device", "disk"), ("disk", "device")])
-def test_a_run_goes_on_elsewhere(job_tree: dict[str, Any], tmp_path: Path, before: str, after: str, precision: str) -> None:
+def test_a_run_goes_on_elsewhere(
+    job_tree: dict[str, Any], tmp_path: Path, before: str, after: str, precision: str | dict[str, str]
+) -> None:
     job_tree["training"] |= {"save_every": 3}
+    if precision == "stochastic":
+        precision = {"mode": "bf16", "rounding": "stochastic"}
+        job_tree["training"]["optimizer"] = "adamw-8bit"
     job_tree |= {"precision": precision, "output": str(tmp_path / "run"), "strategy": {"micro_batch": 4, "placement": before}}
     sartor.train(job_tree)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoint-6").rglob("*.safetensors")}

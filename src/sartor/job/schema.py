@@ -154,8 +154,8 @@ class TrainingJob:
     optimizer: Literal["adamw", "adamw-foreach", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"] = option(
         "adamw",
         "adamw (fused), adamw-foreach (PyTorch's default on accelerators, takes temporaries of all it trains), sgd; for one "
-        "device, by bitsandbytes (a plan needs nothing more, training `pip install 'sartor[quant]'`): adamw-8bit (moments in "
-        "8 bits, so not exact), paged-adamw and paged-adamw-8bit (CUDA: moments move to the host when room is short)",
+        "device: adamw-8bit (moments in 8 bits, so not exact), paged-adamw and paged-adamw-8bit (CUDA: moments move to the host "
+        "when room is short). On CUDA they are bitsandbytes' (a plan needs nothing more, training `pip install 'sartor[quant]'`)",
     )
     loss: Literal["sartor", "hf"] = option(
         "sartor", "sartor (logits where the mask is set only), hf (transformers' own, all of them)"
@@ -176,7 +176,7 @@ class PrecisionJob:
     mode: Literal["auto", "float32", "bf16-mixed", "bf16", "bf16-master"] = option(
         "auto",
         "float32; bf16-mixed (what trains in float32, the rest and the arithmetic in bfloat16); bf16 (all in bfloat16); "
-        "bf16-master (CPU, adamw: all in bfloat16, and beside what trains the bits that are missing to float32); "
+        "bf16-master (CPU, adamw or adamw-8bit: all in bfloat16, and beside what trains the bits that are missing to float32); "
         "auto: bf16-mixed on accelerators; on a CPU bf16-master where it multiplies bfloat16 fast (avx512_bf16, amx_bf16), "
         "else float32",
     )
@@ -184,6 +184,12 @@ class PrecisionJob:
     trained: Dtype | None = option(None, "format of what trains, and so of its gradients and moments")
     compute: Dtype | Literal["as-stored"] | None = option(
         None, "autocast to this format; `as-stored` computes in the format of the weights. float16 is for planning only"
+    )
+    rounding: Literal["nearest", "stochastic"] = option(
+        "nearest",
+        "of updated bfloat16 weights that keep no residual: to the nearest, where small updates are lost, or stochastic (CPU, "
+        "one process, adamw or adamw-8bit, mode bf16): up or down by chance, right on average, the same for the same "
+        "`training.seed`",
     )
 
 

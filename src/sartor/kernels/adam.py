@@ -63,10 +63,13 @@ class MasterAdamW(torch.optim.Optimizer):
         """What the next step multiplies gradients by."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.dtype != torch.bfloat16:
-                    raise ValueError(f"MasterAdamW is for bfloat16 parameters, this one is {parameter.dtype}")
-                residual = (start or {}).get(parameter)
-                self.state[parameter][RESIDUAL] = torch.zeros_like(parameter, dtype=torch.int16) if residual is None else residual
+                self._begin(parameter, (start or {}).get(parameter))
+
+    def _begin(self, parameter: Tensor, residual: Tensor | None) -> None:
+        """What is kept of a parameter from the start."""
+        if parameter.dtype != torch.bfloat16:
+            raise ValueError(f"MasterAdamW is for bfloat16 parameters, this one is {parameter.dtype}")
+        self.state[parameter][RESIDUAL] = torch.zeros_like(parameter, dtype=torch.int16) if residual is None else residual
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -116,7 +119,7 @@ def _rates(step: float, scale: float, lr: float, beta1: float, beta2: float, eps
     }
 
 
-def _adamw(
+def update(
     weight: Tensor,
     residual: Tensor,
     gradient: Tensor,
@@ -126,6 +129,7 @@ def _adamw(
     scale: Tensor | None,
     *hyperparameters: float,
 ) -> None:
+    """One parameter, or a part of one, in place. `scale`: of its gradient."""
     rates = _rates(float(step), 1.0 if scale is None else float(scale), *hyperparameters)
     gradient = gradient.contiguous()
     tensors = (weight, residual, gradient, first, second)
@@ -157,7 +161,7 @@ def _adamw_by_operators(tensors: Sequence[Tensor], rates: dict[str, float]) -> N
 adamw_ = operator(
     "adamw_(Tensor(a!) weight, Tensor(b!) residual, Tensor gradient, Tensor(c!) first, Tensor(d!) second, Tensor step, "
     "Tensor? scale, float lr, float beta1, float beta2, float eps, float decay) -> ()",
-    _adamw,
+    update,
     lambda *_: None,
 )
 

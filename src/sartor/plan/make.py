@@ -101,7 +101,13 @@ def _check_optimizer(job: Job, machine: Machine) -> None:
     stages = wanted.pipeline == machine.devices  # each of which holds whole tensors
     processes = 1 if wanted.processes == "auto" else wanted.processes
     check_optimizer(name, machine.device.kind, devices=1 if stages else machine.devices, processes=processes)
-    if is_blockwise(name) and wanted.placement == "disk":
+    if job.precision.rounding == "stochastic" and processes > 1:
+        raise JobError(
+            f"`precision.rounding` is stochastic, and `strategy.processes` is {processes}",
+            why="processes update shares of a parameter, and chance is drawn for whole ones",
+            remedy="strategy.processes=1, or precision.rounding=nearest",
+        )
+    if is_blockwise(name) and machine.device.kind != "cpu" and wanted.placement == "disk":
         raise JobError(
             f"`strategy.placement` is disk, and `training.optimizer` is {name}",
             why="it updates what is in memory only",
@@ -115,7 +121,8 @@ def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast,
     asked = choice.forecast.process_bytes is not None and (
         wanted == "disk" or (wanted == "auto" and choice.forecast.verdict == "does not fit")
     )
-    if not asked or is_blockwise(setting.job.training.optimizer):  # which updates in memory only
+    elsewhere = is_blockwise(setting.job.training.optimizer) and setting.machine.device.kind != "cpu"  # updates in memory only
+    if not asked or elsewhere:
         return choice.strategy, choice.forecast, choice.time, None
     strategy = dataclasses.replace(choice.strategy, recomputed=None)  # all blocks, where some are recomputed
     time = choice.time if strategy == choice.strategy else None

@@ -7,6 +7,7 @@ state is left out, and what the table says is there of them is put in its place.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from sartor.predict.target import Target
 from sartor.predict.verdict import judge
 from sartor.predict.whole import trace_job
 from sartor.step import Precision, make_trainable
+from sartor.step.optim import state_bytes
 
 MOVED = ("weights", "gradients", "optimizer")
 
@@ -115,16 +117,16 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     return dataclasses.replace(strategy, placement=placement), placed
 
 
-def _widths(precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[float, int | None]:
-    """Bytes of a trained parameter that the optimizer keeps, and of its gradient (None: as wide as the parameter)."""
-    state = 10.0 if precision.masters else {"sgd": 0.0}.get(optimizer, 8.0)
-    return state, (4 if accumulated else 2) if precision.masters else None
+def _gradient_width(precision: Precision, *, accumulated: bool) -> int | None:
+    """Bytes of an element (None: as many as of the parameter's)."""
+    return (4 if accumulated else 2) if precision.masters else None
 
 
 def row_sizes(rows: Sequence[Row], precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[Sizes, ...]:
     """Of a model's rows under a precision and an optimizer."""
-    state, gradient = _widths(precision, optimizer, accumulated=accumulated)
-    return tuple(Sizes.of(row, state_bytes=state, gradient_bytes=gradient) for row in rows)
+    gradient = _gradient_width(precision, accumulated=accumulated)
+    kept = functools.partial(state_bytes, optimizer=optimizer, precision=precision)
+    return tuple(Sizes.of(row, state_bytes=kept, gradient_bytes=gradient) for row in rows)
 
 
 def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
@@ -183,13 +185,13 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
     model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
     steps = largest_steps(setting.sets.train, setting.order, strategy)
     accumulated = strategy.micro_batch < job.training.global_batch
-    state, gradient = _widths(precision, job.training.optimizer, accumulated=accumulated)
+    gradient = _gradient_width(precision, accumulated=accumulated)
     rows = find_rows(model)
-    sizes = tuple(Sizes.of(row, state_bytes=state, gradient_bytes=gradient) for row in rows)
+    sizes = row_sizes(rows, precision, job.training.optimizer, accumulated=accumulated)
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     whole = sum(p.numel() * p.element_size() for p in parameters)
-    whole += sum(p.numel() * (gradient or p.element_size()) + int(p.numel() * state) for p in trained)
+    whole += sum(p.numel() * (gradient or p.element_size()) + state_bytes(p, job.training.optimizer, precision) for p in trained)
     ledger = trace_job(
         job,
         setting.source,

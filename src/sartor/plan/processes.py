@@ -20,7 +20,8 @@ def possible_processes(job: Job, machine: Machine, usable: Collection[int] | Non
     wanted = job.strategy.processes
     most = min(job.training.global_batch, machine.threads)
     if wanted == "auto":
-        if machine.device.kind != "cpu" or machine.elsewhere or is_blockwise(job.training.optimizer):
+        alone = is_blockwise(job.training.optimizer) or job.precision.rounding == "stochastic"
+        if machine.device.kind != "cpu" or machine.elsewhere or alone:
             return [1]
         several = min(len(clusters(machine.topology, usable_cpus() if usable is None else usable)), most)
         return [several, 1] if several > 1 else [1]

@@ -5,9 +5,11 @@ Data and arithmetic only. `sartor.placement` runs what a table says; the forecas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from sartor.model.rows import Row
 
@@ -34,15 +36,16 @@ class Sizes:
     state: int = 0
 
     @classmethod
-    def of(cls, row: Row, *, state_bytes: float = 8.0, gradient_bytes: int | None = None) -> Sizes:
-        """Per trained parameter: `state_bytes` that the optimizer keeps, AdamW's two float32 by default, and `gradient_bytes`, as
-        many as the parameter's own by default."""
+    def of(cls, row: Row, *, state_bytes: float | Callable[[Tensor], int] = 8.0, gradient_bytes: int | None = None) -> Sizes:
+        """`state_bytes` that the optimizer keeps, of an element or told of a parameter, AdamW's two float32 by default, and
+        `gradient_bytes` of an element, as many as the parameter's own by default."""
         trained = row.trained.values()
+        kept = state_bytes if callable(state_bytes) else lambda parameter: int(parameter.numel() * state_bytes)
         return cls(
             name=row.name,
             weights=sum(parameter.numel() * parameter.element_size() for parameter in row.parameters.values()),
             gradients=sum(parameter.numel() * (gradient_bytes or parameter.element_size()) for parameter in trained),
-            state=int(sum(parameter.numel() for parameter in trained) * state_bytes),
+            state=sum(map(kept, trained)),
         )
 
     @property

@@ -57,7 +57,7 @@ _NAMES = {
         scatter_add slice_backward select_backward masked_fill nonzero index_copy take_along_dim slice_scatter select_scatter
         bincount histc""",
     "random": "native_dropout native_dropout_backward bernoulli rand rand_like randn uniform normal randint",
-    "optimizer": "_fused_adamw _fused_adam _fused_sgd _fused_adagrad adamw adamw_blockwise",
+    "optimizer": "_fused_adamw _fused_adam _fused_sgd _fused_adagrad adamw adamw_blockwise adamw_compact",
 }
 _FAMILY_OF = {name: family for family, names in _NAMES.items() for name in names.split()}
 

@@ -49,7 +49,7 @@ def make_step(
     return TrainStep(
         model,
         parameters,
-        make_optimizer(parameters, job.training, masters=precision.masters, kind=kind),
+        make_optimizer(parameters, job.training, precision=precision, kind=kind or device_kind, traced=bool(kind)),
         precision=precision,
         device_kind=device_kind,
         clip_norm=job.training.clip_norm,

@@ -1,7 +1,8 @@
-"""bitsandbytes' AdamW with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861), in memory that is paged, or both.
+"""AdamW with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861), in memory that is paged, or both.
 
-Training takes bitsandbytes' own optimizer; the forecast a stand-in that keeps and allocates what bitsandbytes 0.50 does
-(optim/optimizer.py, backends/cuda/ops.py, backends/cpu/ops.py) without computing anything.
+On a CPU it is Sartor's own (`sartor.kernels.compact`). On CUDA, training takes bitsandbytes' optimizer, and the forecast a
+stand-in that keeps and allocates what bitsandbytes 0.50 does there (optim/optimizer.py, backends/cuda/ops.py), and computes
+nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import torch
 from torch import Tensor
 
 from sartor.errors import JobError
+from sartor.kernels.compact import BLOCK, SMALLEST
 from sartor.kernels.native import operator
 
 BITS = {"adamw-8bit": 8, "paged-adamw": 32, "paged-adamw-8bit": 8}
 """Of a moment, by `training.optimizer`."""
-SMALLEST = 4096
-"""Elements from which on a parameter's moments have 8 bits (`min_8bit_size`)."""
-BLOCK = 256
-"""Elements that share a scale."""
 SMALLEST_PAGED = 100_000
 """Elements from which on they are paged (`get_state_buffer`)."""
 _CODES = ("qmap1", "qmap2")
@@ -29,7 +27,7 @@ _CODES = ("qmap1", "qmap2")
 
 
 def is_blockwise(name: str) -> bool:
-    """Whether `training.optimizer` is bitsandbytes'."""
+    """Whether `training.optimizer` keeps moments in blocks, or in pages: on CUDA it is bitsandbytes'."""
     return name in BITS
 
 
@@ -69,9 +67,9 @@ def check_optimizer(name: str, device_kind: str, *, devices: int = 1, processes:
         )
 
 
-def check_installed(name: str) -> None:
+def check_installed(name: str, device_kind: str) -> None:
     """Raises JobError where training with this optimizer lacks bitsandbytes."""
-    if is_blockwise(name) and importlib.util.find_spec("bitsandbytes") is None:
+    if is_blockwise(name) and device_kind != "cpu" and importlib.util.find_spec("bitsandbytes") is None:
         raise JobError(
             f"`training.optimizer` is {name}, and bitsandbytes is not installed",
             why="it holds the moments and does the arithmetic; only the forecast does without",
@@ -79,24 +77,24 @@ def check_installed(name: str) -> None:
         )
 
 
-def make_blockwise(name: str, groups: list[dict[str, Any]], *, kind: str = "", **options: Any) -> torch.optim.Optimizer:
-    """The optimizer of a run; with `kind`, the device that a forecast is for, its stand-in. Raises JobError."""
-    if kind:
-        return StandIn(groups, bits=BITS[name], paged=is_paged(name), kind=kind)
-    check_installed(name)
+def make_blockwise(name: str, groups: list[dict[str, Any]], *, traced: bool, **options: Any) -> torch.optim.Optimizer:
+    """The optimizer of a run on CUDA; of a `traced` one, its stand-in. Raises JobError."""
+    if traced:
+        return StandIn(groups, bits=BITS[name], paged=is_paged(name))
+    check_installed(name, "cuda")
     from bitsandbytes import optim  # type: ignore[import-not-found,unused-ignore]
 
     classes = {"adamw-8bit": optim.AdamW8bit, "paged-adamw": optim.PagedAdamW32bit, "paged-adamw-8bit": optim.PagedAdamW8bit}
-    return classes[name](groups, lr=0.0, weight_decay=0.0, **options)  # type: ignore[no-any-return,unused-ignore]
+    return classes[name](groups, **options)  # type: ignore[no-any-return,unused-ignore]
 
 
 class StandIn(torch.optim.Optimizer):
     """What bitsandbytes' optimizer keeps and allocates; its updates change nothing."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, bits: int, paged: bool, kind: str) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, bits: int, paged: bool) -> None:
         super().__init__(groups, {"lr": 0.0})
-        self.bits, self.paged, self.kind = bits, paged, kind
-        self.codes = [torch.empty(256) for _ in _CODES] if bits == 8 and kind == "cpu" else []
+        self.bits, self.paged = bits, paged
+        self.codes: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -108,8 +106,7 @@ class StandIn(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     self._begin(parameter, state)
-                update = _update_on_cpu if self.kind == "cpu" else _update_in_place
-                update(parameter, parameter.grad.contiguous(), state)
+                _adamw_blockwise(parameter, parameter.grad.contiguous(), state["state1"], state["state2"])
 
     def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
         small = self.bits == 32 or parameter.numel() < SMALLEST
@@ -131,35 +128,7 @@ _adamw_blockwise = operator(
     lambda *_: None,
     lambda *_: None,
 )
-
-
-def _update_in_place(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
-    """On CUDA: a kernel that takes nothing more."""
-    _adamw_blockwise(parameter, gradient, state["state1"], state["state2"])
-
-
-def _update_on_cpu(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
-    """On a CPU: PyTorch's operators, on float32 copies of it all."""
-    if state["state1"].dtype == torch.float32:
-        gradient, weight = gradient.float() * 1.0, parameter.float()
-        state["state1"].mul_(0.9).add_(gradient)
-        state["state2"].mul_(0.9).addcmul_(gradient, gradient)
-        update = state["state1"] / (state["state2"].sqrt() + 1.0)
-        weight.add_(update)
-        parameter.copy_(weight)
-        return
-    first, second = (state[name].float() for name in ("state1", "state2"))
-    gradient, weight = gradient.float() * 1.0, parameter.float()
-    first.mul_(0.9).add_(gradient)
-    second.mul_(0.9).addcmul_(gradient, gradient)
-    below = (second.sqrt() / 1.0).add_(1.0)
-    weight.addcdiv_(first, below)
-    parameter.copy_(weight)
-    for moment, name, scale in ((first, "state1", "absmax1"), (second, "state2", "absmax2")):
-        scales = torch.empty_like(state[scale])
-        bits = torch.empty_like(moment, dtype=torch.uint8)
-        state[name].copy_(bits)
-        state[scale].copy_(scales)
+"""bitsandbytes' kernel, which takes no memory."""
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

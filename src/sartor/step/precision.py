@@ -21,6 +21,8 @@ _MODES = {
     "bf16": ("bfloat16", "bfloat16", "as-stored"),
     "bf16-master": ("bfloat16", "bfloat16", "as-stored"),
 }
+_PIECEWISE = ("adamw", "adamw-8bit")
+"""Optimizers that on a CPU are Sartor's own where the precision asks for it."""
 FAST_BF16 = ("avx512_bf16", "amx_bf16")
 """Instruction sets with which a CPU multiplies bfloat16 several times as fast as float32."""
 
@@ -33,6 +35,8 @@ class Precision:
     weights: str
     trained: str
     compute: str
+    rounding: str = "nearest"
+    """Of updated weights: to the `nearest`, or `stochastic`."""
 
     @classmethod
     def of(cls, mode: str) -> Precision:
@@ -48,22 +52,32 @@ class Precision:
         single = job.weights is None and job.trained is None and job.compute is None
         if job.mode == "bf16-master":
             _check_master(device_kind, optimizer, single=single)
-        fast = single and optimizer == "adamw" and any(name in FAST_BF16 for name in instruction_sets)
+        fast = single and optimizer in _PIECEWISE and any(name in FAST_BF16 for name in instruction_sets)
         automatic = ("bf16-master" if fast else "float32") if device_kind == "cpu" else "bf16-mixed"
-        base = cls.of(automatic if job.mode == "auto" else job.mode)
-        if single:
-            return base
-        return cls(
-            mode="mixed",
-            weights=job.weights or base.weights,
-            trained=job.trained or base.trained,
-            compute=job.compute or base.compute,
-        )
+        if job.rounding == "stochastic":
+            automatic = "bf16"
+        made = cls.of(automatic if job.mode == "auto" else job.mode)
+        if not single:
+            made = cls(
+                mode="mixed",
+                weights=job.weights or made.weights,
+                trained=job.trained or made.trained,
+                compute=job.compute or made.compute,
+            )
+        made = dataclasses.replace(made, rounding=job.rounding)
+        if made.stochastic:
+            _check_stochastic(made, device_kind, optimizer)
+        return made
 
     @property
     def masters(self) -> bool:
         """Whether what trains is kept as float32 in two halves: a bfloat16 weight and a residual (`sartor.kernels.adam`)."""
         return self.mode == "bf16-master"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether updated weights are rounded by chance (`sartor.kernels.compact`)."""
+        return self.rounding == "stochastic"
 
     @property
     def needs_loss_scaling(self) -> bool:
@@ -75,9 +89,10 @@ class Precision:
         return dataclasses.replace(self, compute="as-stored")
 
     def describe(self) -> str:
+        by_chance = ", rounded stochastically" if self.stochastic else ""
         if self.mode != "mixed":
-            return self.mode
-        return f"weights {self.weights}, trained {self.trained}, computed {self.compute}"
+            return self.mode + by_chance
+        return f"weights {self.weights}, trained {self.trained}, computed {self.compute}{by_chance}"
 
     def load_dtype(self, *, adapter: bool) -> torch.dtype:
         """Format in which the base model is loaded: frozen beside adapters, trained without (masters: with all their bits)."""
@@ -107,10 +122,28 @@ def _check_master(device_kind: str, optimizer: str, *, single: bool) -> None:
     """Raises JobError where masters in two halves are not for this job."""
     if device_kind != "cpu":
         why, remedy = f"its optimizer is written for CPUs, this device is of kind {device_kind}", "precision=bf16-mixed"
-    elif optimizer != "adamw":
+    elif optimizer not in _PIECEWISE:
         why, remedy = f"the residuals belong to AdamW's state, the job's optimizer is {optimizer}", "training.optimizer=adamw"
     elif not single:
         why, remedy = "the mode decides all formats", "the mode alone, without `weights`, `trained` and `compute`"
     else:
         return
     raise JobError("`precision` is bf16-master, which this job cannot have", why=why, remedy=remedy)
+
+
+def _check_stochastic(precision: Precision, device_kind: str, optimizer: str) -> None:
+    """Raises JobError where weights cannot be rounded by chance."""
+    if device_kind != "cpu":
+        why, remedy = f"the optimizer is written for CPUs, this device is of kind {device_kind}", "precision.rounding=nearest"
+    elif optimizer not in _PIECEWISE:
+        why, remedy = f"it is part of Sartor's AdamW, the job's optimizer is {optimizer}", "training.optimizer=adamw"
+    elif precision.masters:
+        why, remedy = (
+            "the residuals of bf16-master keep what rounding loses",
+            "precision.mode=bf16, or precision.rounding=nearest",
+        )
+    elif precision.trained != "bfloat16":
+        why, remedy = f"what trains is {precision.trained}, of which nothing is rounded away", "precision.mode=bf16"
+    else:
+        return
+    raise JobError("`precision.rounding` is stochastic, which this job cannot have", why=why, remedy=remedy)

@@ -235,7 +235,7 @@ def check_runnable(plan: Plan, world: World) -> None:
             f"this plan is for {plan.machine.elsewhere}, not for the machine you are on",
             remedy="`sartor plan` it here; train it there, or with machine=auto",
         )
-    check_installed(plan.job.training.optimizer)
+    check_installed(plan.job.training.optimizer, plan.machine.device.kind)
     quantise = plan.job.quantise
     if quantise is not None:
         check_loadable(resolve(plan.job.model), quantise)
