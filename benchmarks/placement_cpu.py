@@ -72,7 +72,7 @@ def disk_rate(folder: str) -> float:
     memory = torch.zeros(size, dtype=torch.uint8)
     region = tier.allocate(size)
     start = time.perf_counter()
-    for copies in (mover.write(tier, region, memory.data_ptr()), mover.read(tier, region, memory.data_ptr())):
+    for copies in (mover.write(tier, region, memory.untyped_storage()), mover.read(tier, region, memory.untyped_storage())):
         for copy in copies:
             copy.result()
     seconds = time.perf_counter() - start

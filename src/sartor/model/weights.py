@@ -74,7 +74,7 @@ class WeightFiles:
         return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
 
     def read(self, name: str, into: Tensor) -> None:
-        """Fill a contiguous tensor in main memory, converting where its format is another one. Raises ModelError."""
+        """Fill a tensor, converting where its format is another one. Raises ModelError."""
         entry = self._entries[name]
         if tuple(into.shape) != entry.shape:
             raise ModelError(
@@ -84,7 +84,7 @@ class WeightFiles:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise ModelError(f"{name} of {self.folder} is stored as {entry.dtype}", why="this is not a format that trains")
-        target = into if dtype == into.dtype and into.is_contiguous() else torch.empty(entry.shape, dtype=dtype)
+        target = into if into.is_cpu and dtype == into.dtype and into.is_contiguous() else torch.empty(entry.shape, dtype=dtype)
         count = entry.end - entry.start
         buffer = memoryview((ctypes.c_ubyte * count).from_address(target.data_ptr()) if count else b"").cast("B")
         with entry.path.open("rb", buffering=0) as file:
@@ -136,7 +136,7 @@ def write_weights(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for number in order:
-            tensor = values(number).detach().contiguous()
+            tensor = values(number).detach().cpu().contiguous()
             if tensor.numel():
                 file.write(
                     memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sartor.placement.tiers import Mover, Tier
+from sartor.placement.tiers import Copy, Mover, Tier
 
 if TYPE_CHECKING:
     from sartor.placement.engine import Engine
@@ -20,8 +19,6 @@ from sartor.placement.live import LiveRow
 
 SMALLEST = 2**12
 """Smaller storages stay: they cost more to move than they take."""
-IN_FLIGHT = 2**26
-"""At most so many bytes wait to be written."""
 
 
 class _Weight:
@@ -37,7 +34,7 @@ class _Saved:
     def __init__(self, storage: torch.UntypedStorage, tier: Tier, mover: Mover) -> None:
         self._tier, self._mover, self._device = tier, mover, storage.device
         self._region = tier.allocate(storage.nbytes())
-        self._copies: list[Future[None]] = mover.write(tier, self._region, storage.data_ptr())
+        self._copies: Sequence[Copy] = mover.write(tier, self._region, storage)
         mover.leaving(self._copies, self._region.size, lambda storage=storage: None)  # type: ignore[misc]  # kept until written
         self._storage: torch.UntypedStorage | None = None
 
@@ -46,7 +43,7 @@ class _Saved:
         if self._storage is None:
             self._arrive()
             self._storage = torch.UntypedStorage(self._region.size, device=self._device)
-            self._copies = self._mover.read(self._tier, self._region, self._storage.data_ptr())
+            self._copies = self._mover.read(self._tier, self._region, self._storage)
 
     def get(self) -> torch.UntypedStorage:
         self.fetch()
@@ -55,7 +52,7 @@ class _Saved:
         return self._storage
 
     def _arrive(self) -> None:
-        copies, self._copies = self._copies, []
+        copies, self._copies = self._copies, ()
         for copy in copies:
             copy.result()
 
@@ -126,7 +123,7 @@ class Activations:
         saved = _Saved(storage, self._tiers[row.places.activations], self._mover)
         self._saved[row].add(saved)
         self._known[key] = StorageWeakRef(storage), weakref.ref(saved)  # the reference keeps the number from being used again
-        self._mover.settle(IN_FLIGHT)
+        self._mover.settle(self._mover.in_flight_bytes)
         return saved
 
     def _unpack(self, packed: Any) -> Tensor:

@@ -8,8 +8,7 @@ have saved, are valid again. Transitions that are not listed raise IllegalTransi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from sartor.job.units import format_bytes
 from sartor.placement import away
-from sartor.placement.tiers import Mover, Region, Tier
+from sartor.placement.tiers import Copy, Mover, Region, Tier
 
 
 class State(StrEnum):
@@ -106,7 +105,7 @@ class Chunk:
         self.name, self.tier, self._mover, self._gauge, self._looked = name, tier, mover, gauge, looked
         self.tensors: list[Tensor] = []
         self._regions: list[Region] = []
-        self._copies: list[Future[None]] = []
+        self._copies: list[Copy] = []
         self._dirty = False
         self.state = State.FREE
 
@@ -138,6 +137,16 @@ class Chunk:
         if not self.here:
             self._become(State.HOLD)
 
+    def homes(self) -> Iterator[tuple[Tensor, Region]]:
+        """Its tensors, and where each one lives."""
+        return zip(self.tensors, self._regions, strict=True)
+
+    def twin(self, homes: Sequence[tuple[Tensor, Region]], mover: Mover, gauge: Gauge) -> Chunk:
+        """Other tensors, without memory so far, that live where some of its own do."""
+        made = Chunk(self.name, self.tier, mover, gauge)
+        made.tensors, made._regions = [tensor for tensor, _ in homes], [region for _, region in homes]
+        return made
+
     def make_room(self, size: int) -> None:
         """Wait for what is leaving, until `size` bytes have room or nothing is left to wait for."""
         while (over := self._gauge.over(size)) and self._mover.leaving_bytes:  # what is wanted again has left the list, and stays
@@ -157,14 +166,14 @@ class Chunk:
             self._allocate()
         self._gauge.add(self.size)
         self._become(State.COMING)
-        for tensor, region in zip(self.tensors, self._regions, strict=True):
+        for tensor, region in self.homes():
             if region.size:
-                self._copies += self._mover.read(self.tier, region, tensor.untyped_storage().data_ptr())
+                self._copies += self._mover.read(self.tier, region, tensor.untyped_storage())
 
     def _allocate(self) -> None:
         """Memory for all tensors, or for none."""
         try:
-            for tensor, region in zip(self.tensors, self._regions, strict=True):
+            for tensor, region in self.homes():
                 tensor.untyped_storage().resize_(region.size)
         except (RuntimeError, MemoryError):
             for tensor in self.tensors:
@@ -217,14 +226,14 @@ class Chunk:
         """Write it to its home, then free its memory."""
         self._become(State.LEAVING)
         self._dirty = False
-        copies: list[Future[None]] = []
-        for tensor, region in zip(self.tensors, self._regions, strict=True):
+        copies: list[Copy] = []
+        for tensor, region in self.homes():
             if region.size:
-                copies += self._mover.write(self.tier, region, tensor.untyped_storage().data_ptr())
+                copies += self._mover.write(self.tier, region, tensor.untyped_storage())
         self._copies = copies
         self._mover.leaving(copies, self.size, lambda: self._left(copies))
 
-    def _left(self, copies: list[Future[None]]) -> None:
+    def _left(self, copies: list[Copy]) -> None:
         if self._copies is copies and self.state is State.LEAVING:  # else it was wanted again before it had gone
             self._copies = []
             self._become(State.FREE)
@@ -314,8 +323,8 @@ def own_storage(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def empty_like(tensor: Tensor) -> Tensor:
+def empty_like(tensor: Tensor, device: torch.device) -> Tensor:
     """The same shape, strides and format without memory."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     made.untyped_storage().resize_(0)
     return made

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sartor.kernels.adam import RESIDUAL
 from sartor.machine.heap import give_back_freed_memory, give_back_large_blocks
 from sartor.model.rows import Row
 from sartor.placement.activations import Activations
-from sartor.placement.chunk import Chunk, Gauge, State, Visits, own_storage
+from sartor.placement.chunk import Chunk, Gauge, State, Visits
 from sartor.placement.fill import Fill
 from sartor.placement.gradients import AwayGradient
+from sartor.placement.homes import Homes
 from sartor.placement.live import GradientTraffic, LiveRow
-from sartor.placement.tiers import Mover, Tier
+from sartor.placement.streams import StreamMover, Streams, mover_of, numbered, where
+from sartor.placement.tiers import Tier
 from sartor.placement.timeline import Recorder
 from sartor.plan.table import Table
 
@@ -47,72 +48,43 @@ class Engine:
         limit: int | None = None,
         update_limit: int | None = None,
         debug: Callable[[str], None] | None = None,
+        device: torch.device | None = None,
+        streams: Streams | None = None,
     ) -> None:
         """Moves what the table places elsewhere to its tier, row after row. `fill`: for a model on the meta device, gives the
         parameters of a row their values. `limit`: bytes of what moves that may be on the device at once; `update_limit`: in an
-        update, if that differs. `debug`: is told of every coming and going."""
-        self.model, self.table, self.tiers, self._fill = model, table, dict(tiers), fill
+        update, if that differs. `debug`: is told of every coming and going.
+        `device`: what computes, by default where the model is. `streams`: its own, by default; on a CPU threads copy."""
+        self.model, self.table, self.tiers = model, table, dict(tiers)
+        self.device = numbered(device or where(model))
         self._limits: tuple[int | None, ...] = limit, limit if update_limit is None else update_limit
         self.visits = Visits()
         self.shortages = 0
         """How often memory ran out while something was brought, and less was fetched ahead from then on."""
         self.recorder = Recorder(self.tiers)
-        self.mover = Mover(note=self.recorder.span)
+        self.mover = mover_of(self.device, self.tiers, streams, note=self.recorder.span)
         self.gauge = Gauge(limit=limit, relieve=self._relieve, level=self.recorder.level)
         if debug is not None:
             self.gauge.say = lambda change: debug(change.describe())
-        self.rows = [LiveRow(row, table.row(row.name)) for row in rows]
+        self.homes = Homes(self, fill)
+        self.rows = [LiveRow(row, self.homes.places(table, row.name)) for row in rows]
         self.activations = Activations(self.mover, self.tiers)
         self.gradients = GradientTraffic(self.mover, self.gauge, self.visits)
-        self._owner: dict[int, LiveRow] = {}
         self._backward: LiveRow | None = None
         self._in_forward = self._in_backward = False
         self._last: tuple[str, LiveRow] | None = None
         self._next: dict[tuple[str, LiveRow], tuple[str, LiveRow]] = {}
         self._handles: list[Any] = []
-        if self.moving:
+        if self.moving and self.device.type == "cpu":
             give_back_large_blocks()
         for live in self.rows:
-            self._settle_in(live)
-        if fill is not None:
-            placed = {id(parameter) for live in self.rows for parameter in live.row.parameters.values()}
-            fill({name: parameter for name, parameter in model.named_parameters() if id(parameter) not in placed})
+            self.homes.settle_in(live)
+        self.homes.fill_rest(model, self.rows)
         self.mover.settle()
         give_back_freed_memory()
         self._attach()
 
     # -- where things live
-
-    def _chunk(self, live: LiveRow, kind: str) -> Chunk | None:
-        """A new chunk of a row; None where its table keeps the kind on the device."""
-        place = getattr(live.places, kind)
-        if place == "device":
-            return None
-        looked = None if kind == "gradients" else self._looked
-        return Chunk(f"{live.name} {kind}", self.tiers[place], self.mover, self.gauge, looked)
-
-    def _settle_in(self, live: LiveRow) -> None:
-        live.gradients, live.state = self._chunk(live, "gradients"), self._chunk(live, "state")
-        if self._fill is not None:
-            self._fill(live.row.parameters)
-        residuals = [vars(parameter)[RESIDUAL] for parameter in live.trained if RESIDUAL in vars(parameter)]
-        if residuals and live.state is not None:
-            live.state.adopt(residuals)
-            live.state.store()
-            self.mover.settle(live.state.size)
-        self._send_weights(live)
-
-    def _send_weights(self, live: LiveRow) -> None:
-        """For the first time, where they live elsewhere."""
-        live.weights = self._chunk(live, "weights")
-        if live.weights is None:
-            return
-        for parameter in live.row.parameters.values():
-            parameter.data = own_storage(parameter.data)
-            self._owner[parameter.untyped_storage()._cdata] = live
-        live.weights.adopt(list(live.row.parameters.values()))
-        live.weights.store()
-        self.mover.settle(live.weights.size)
 
     def rearrange(self, table: Table, *, limit: int | None, update_limit: int | None) -> None:
         """From here on, what another table sends elsewhere lives there. Nothing comes back that is away. A step that is under way
@@ -122,13 +94,9 @@ class Engine:
         self.gauge.limit = limit
         self._next.clear()
         for live in self.rows:
-            moved, live.places = live.places, table.row(live.name)
-            if live.gradients is None:
-                live.gradients = self._chunk(live, "gradients")
-            if live.state is None:
-                live.state = self._chunk(live, "state")
-            if live.weights is None:
-                self._send_weights(live)
+            moved, live.places = live.places, self.homes.places(table, live.name)
+            self.homes.make_chunks(live)
+            self.homes.send_weights(live)
             if moved.stays and not live.places.stays:
                 self._hook(live)
         self.mover.settle()
@@ -144,6 +112,14 @@ class Engine:
         give_back_freed_memory()
         now = self.gauge.limit = self.gauge.device_bytes
         self._limits = tuple(now if limit is None else min(limit, now) for limit in self._limits)
+
+    def settle_on_host(self, rows: Sequence[LiveRow]) -> None:
+        """Before these rows are updated on host cores: their gradients have arrived, and their weights are not on the device."""
+        for live in rows:
+            if live.weights is not None and live.weights.state in (State.HOLD, State.COMING):
+                live.weights.drop()
+        if rows and isinstance(self.mover, StreamMover):
+            self.mover.drain()
 
     @property
     def moving(self) -> list[LiveRow]:
@@ -366,7 +342,7 @@ class Engine:
         if live.weights is not None:
             live.weights.hold()
 
-    def _looked(self, chunks: Sequence[Chunk]) -> None:
+    def looked(self, chunks: Sequence[Chunk]) -> None:
         """Weights or state are read where nothing announced it: brought for a moment, or in a pass, for good."""
         if not (self._in_forward or self._in_backward):
             self.visits.hold(*chunks)
@@ -379,7 +355,7 @@ class Engine:
 
     def touched(self, tensor: Tensor) -> LiveRow | None:
         """The row whose weights this tensor is a view of."""
-        return self._owner.get(tensor.untyped_storage()._cdata)
+        return self.homes.owner.get(tensor.untyped_storage()._cdata)
 
     @contextlib.contextmanager
     def gathered(self, live: LiveRow) -> Iterator[None]:

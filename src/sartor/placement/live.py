@@ -19,6 +19,8 @@ class LiveRow:
 
     def __init__(self, row: Row, places: RowPlaces) -> None:
         self.row, self.places = row, places
+        self.on_host = False
+        """Whether it is updated on host cores, since its state is not on the accelerator that computes."""
         self.weights: Chunk | None = None
         self.gradients: Chunk | None = None
         self.state: Chunk | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sartor.placement.chunk import Chunk, State, own_storage
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
+from sartor.placement.host import Before, HostOptimizer
 from sartor.placement.live import LiveRow
 
 
@@ -34,17 +35,27 @@ class StreamedOptimizer:
         self._engine, self.optimizer = engine, optimizer
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._staying: list[nn.Parameter] = []
+        self._host = HostOptimizer(engine, optimizer)
         self.rearranged()
 
     def rearranged(self) -> None:
         """Where things live has changed: what the optimizer keeps goes there."""
         placed = {id(p) for live in self._engine.moving for p in live.trained}
         self._staying = [p for p in self._parameters if id(p) not in placed]
+        self._host.adopt(self._on_host)
         for live in self._engine.moving:
             self.keep_state(live)
             self._engine.mover.settle()
 
-    def step(self, before: Callable[[Sequence[Tensor]], None] | None = None, *, keep_gradients: bool = False) -> None:
+    @property
+    def _on_host(self) -> list[LiveRow]:
+        return [live for live in self._engine.moving if live.on_host]
+
+    def release(self) -> None:
+        """When the model is not placed any more: what the optimizer keeps is on the device, too."""
+        self._host.release(self._on_host)
+
+    def step(self, before: Before | None = None, *, keep_gradients: bool = False) -> None:
         """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
 
         `keep_gradients`: for callers that look at them afterwards; else they are let go. Raises RunError of the tiers.
@@ -53,11 +64,12 @@ class StreamedOptimizer:
         with self._engine.updating():
             self._step(before, keep_gradients)
 
-    def _step(self, before: Callable[[Sequence[Tensor]], None] | None, keep_gradients: bool) -> None:
+    def _step(self, before: Before | None, keep_gradients: bool) -> None:
         gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
         rows = [live for live in self._engine.moving if any(p in gradients for p in live.trained)]
+        self._engine.settle_on_host([live for live in rows if live.on_host])
         if rows:
             self._engine.tidy(rows[:1])
             self._expect(rows[0], gradients)
@@ -70,11 +82,11 @@ class StreamedOptimizer:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
 
-    def _update(self, gradients: dict[nn.Parameter, Tensor], before: Callable[[Sequence[Tensor]], None] | None) -> None:
+    def _update(self, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> None:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         if before is not None:
-            before(list(gradients.values()))
+            before(list(gradients.values()), self.optimizer)
         self.optimizer.step()
         for parameter in gradients:
             parameter.grad = None
@@ -85,6 +97,8 @@ class StreamedOptimizer:
 
     def _chunks(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> list[Chunk]:
         """What of a row is to be brought for its update."""
+        if live.on_host:
+            return [live.state] if live.state is not None and live.state.tensors else []
         away = any(isinstance(gradients.get(p), AwayGradient) for p in live.trained)
         state = live.state if live.state is not None and live.state.tensors else None
         return [chunk for chunk in (live.weights, live.gradients if away else None, state) if chunk is not None]
@@ -94,7 +108,7 @@ class StreamedOptimizer:
         live: LiveRow,
         follower: LiveRow | None,
         gradients: dict[nn.Parameter, Tensor],
-        before: Callable[[Sequence[Tensor]], None] | None,
+        before: Before | None,
         keep_gradients: bool,
     ) -> None:
         """Update a row; what `follower` will need is fetched meanwhile."""
@@ -107,16 +121,19 @@ class StreamedOptimizer:
             self._expect(follower, gradients)
         own = {p: gradients[p] for p in live.trained if p in gradients}
         start = time.perf_counter()
-        self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
+        if live.on_host:
+            self._host.update(live, own, before)
+        else:
+            self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
         self._engine.recorder.span("update", live.name, start)
         for chunk in chunks:
             chunk.end()
-        if live.gradients is not None and live.gradients in chunks:
-            if keep_gradients:
-                live.gradients.store()
-            else:
+        if live.gradients is not None and (live.on_host or live.gradients in chunks):
+            if not keep_gradients:
                 live.gradients.forget()
-        if live.weights is not None:
+            elif not live.on_host:
+                live.gradients.store()
+        if live.weights is not None and not live.on_host:
             live.weights.store()
         self.keep_state(live)
         if not keep_gradients:
@@ -126,6 +143,8 @@ class StreamedOptimizer:
 
     def keep_state(self, live: LiveRow) -> None:
         """Send what the optimizer keeps of a row to where it lives."""
+        if live.on_host:
+            self._host.keep(live)
         chunk = live.state
         if chunk is None:
             return

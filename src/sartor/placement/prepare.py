@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from sartor.placement.engine import Engine
 from sartor.placement.fill import from_folder
 from sartor.placement.live import LiveRow
 from sartor.placement.optimizer import StreamedOptimizer
+from sartor.placement.streams import numbered, where
 from sartor.placement.tiers import DiskTier, HostTier, Tier
 from sartor.plan.table import Policy, Sizes, Table, uniform, within
 
@@ -34,7 +36,8 @@ def prepare(
     sample: Any = None,
     policy: Policy = "auto",
     budget: int | None = None,
-    lower: str = "disk",
+    lower: str | None = None,
+    device: str | torch.device | None = None,
     folder: str | Path | None = None,
     weights: str | Path | None = None,
     activations: str = "device",
@@ -43,7 +46,9 @@ def prepare(
     """Place `model` and the state of `optimizer`, and return both for use in any training loop.
 
     `policy`: `device` (everything stays), `host` or `disk` (everything lives there), `auto`: weights, gradients and optimizer
-    state take at most `budget` bytes on the device; what is beyond lives on the tier `lower`.
+    state take at most `budget` bytes on the device; what is beyond lives on the tier `lower` (`disk` by default, and `host`
+    below an accelerator).
+    `device`: what computes, by default where the model is. To an accelerator, a model in main memory goes row by row.
     `sample`: a batch (keyword arguments, positional ones, or a tensor) for one forward pass, which shows the order of use.
     `folder`: where the file of the disk tier is (without a name, gone with the process); default: the folder for temporary files.
     `weights`: a folder of safetensors for a model on the meta device: it is read row by row and never whole in memory.
@@ -52,7 +57,8 @@ def prepare(
 
     Raises UsageError where not even moving everything keeps the budget, ModelError for weights that do not fit the model.
     """
-    _check(model)
+    target = _device(model, optimizer, device)
+    lower = lower or ("disk" if target.type == "cpu" else "host")
     rows = find_rows(model)
     state_bytes = _state_bytes(optimizer)
     sizes = [Sizes.of(row, state_bytes=state_bytes) for row in rows]
@@ -61,7 +67,9 @@ def prepare(
     limit = None if budget is None else max(budget - rest - table.kept_bytes(sizes), 0)
     fill = None if weights is None else from_folder(Path(weights), model)
     tiers = _tiers(table, sizes, folder)
-    engine = Engine(model, rows, table, tiers, fill=fill, limit=limit, debug=print if debug else None)
+    engine = Engine(model, rows, table, tiers, fill=fill, limit=limit, debug=print if debug else None, device=target)
+    if cost := getattr(engine.tiers.get("host"), "cost", ""):
+        warnings.warn(cost, stacklevel=2)
     _guard_state(engine)
     placed = PlacedOptimizer(engine, optimizer)
     if sample is not None:
@@ -70,12 +78,22 @@ def prepare(
     return model, placed
 
 
-def _check(model: nn.Module) -> None:
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta", "cpu"}
-    if kinds:
+def _device(model: nn.Module, optimizer: torch.optim.Optimizer, wanted: str | torch.device | None) -> torch.device:
+    """What the model will compute on."""
+    found = {numbered(parameter.device) for parameter in model.parameters() if not parameter.is_meta}
+    target = where(model) if wanted is None else torch.device(wanted)
+    if target.type != "cpu" and not torch.accelerator.is_available():
+        raise UsageError(f"there is no {target.type} device here", remedy='device="cpu"')
+    target = numbered(target)
+    if len(found) > 1 or (found and target.type == "cpu" and found != {target}):
+        names = ", ".join(sorted(map(str, found)))
+        raise UsageError(f"the model is on {names}; it is placed below one device", remedy='model.to("cpu") first')
+    if found and found != {target} and optimizer.state:
         raise UsageError(
-            f"the model is on {', '.join(sorted(kinds))}; placement moves models on a CPU so far", remedy='model.to("cpu") first'
+            f"the optimizer has taken steps on {next(iter(found))}, and the model is to compute on {target}",
+            remedy="`prepare` before the first step",
         )
+    return target
 
 
 def _rest(model: nn.Module, sizes: list[Sizes], state_bytes: float) -> int:
@@ -144,7 +162,7 @@ def _call(model: nn.Module, sample: Any) -> Any:
 
 
 def _guard_state(engine: Engine) -> None:
-    """State dictionaries hold copies of weights that are away. They are whole in memory."""
+    """State dictionaries hold copies of weights that are away. They are whole in main memory."""
     copies: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def save(live: LiveRow, state: dict[str, Any], prefix: str, module: nn.Module) -> None:
@@ -153,7 +171,7 @@ def _guard_state(engine: Engine) -> None:
                 if prefix + name in state and state[prefix + name].untyped_storage()._cdata == parameter.untyped_storage()._cdata:
                     copy = copies.get(id(parameter))
                     if copy is None:
-                        copies[id(parameter)] = copy = parameter.detach().clone()
+                        copies[id(parameter)] = copy = parameter.detach().to("cpu", copy=True)
                     state[prefix + name] = copy
 
     def refuse(*_: Any) -> None:
@@ -214,6 +232,7 @@ class PlacedOptimizer(torch.optim.Optimizer):
     def release(self) -> torch.optim.Optimizer:
         """Everything back on the device, and the optimizer that was given. Gradients are let go."""
         self.engine.detach()
+        self._streamed.release()
         return self.inner
 
     def __repr__(self) -> str:

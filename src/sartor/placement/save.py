@@ -46,6 +46,7 @@ def load_model(step: PlacedStep, folder: Path) -> None:
                 files.read(names[id(parameter)], parameter.data)
             live.weights.store()
             engine.mover.settle()
+    step.streamed.rearranged()
 
 
 def adapter_state(step: PlacedStep) -> dict[str, Tensor]:
@@ -73,22 +74,22 @@ def restore_optimizer(step: PlacedStep, path: Path) -> None:
         keys.setdefault(name, []).append(key)
     names = {id(parameter): name for name, parameter in step.parameters.items()}
 
-    def read(parameter: nn.Parameter) -> None:
+    def read(parameter: nn.Parameter, device: torch.device) -> None:
         name = names[id(parameter)]
         for key in keys.get(name, ()):
             value = files.empty(f"{name}|{key}")
             files.read(f"{name}|{key}", value)
-            step.optimizer.state[parameter][key] = value
+            step.optimizer.state[parameter][key] = value.to(device)
 
     placed = {id(parameter) for live in step.engine.moving for parameter in live.trained}
     for parameter in step.parameters.values():
         if id(parameter) not in placed:
-            read(parameter)
+            read(parameter, parameter.device)
     for live in step.engine.moving:
         if live.state is not None:
             live.state.forget()
         for parameter in live.trained:
-            read(parameter)
+            read(parameter, torch.device("cpu") if live.on_host else parameter.device)
         step.streamed.keep_state(live)
 
 

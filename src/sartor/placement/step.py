@@ -82,11 +82,11 @@ class PlacedStep(TrainStep):
         total: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norms[n]).to(device) for n in order]), 2.0)
         return total
 
-    def _scale(self, gradients: Sequence[Tensor]) -> None:
-        if isinstance(self.optimizer, MasterAdamW):
-            self.optimizer.scale = self._coefficient
+    def _scale(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.scale = self._coefficient
         elif self._coefficient is not None:
-            torch._foreach_mul_(list(gradients), self._coefficient)
+            torch._foreach_mul_(list(gradients), self._coefficient.to(gradients[0].device))
 
     def update(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -105,12 +105,13 @@ class PlacedStep(TrainStep):
             kind: {id(p) for live in moving if getattr(live, kind) is not None for p in live.row.parameters.values()}
             for kind in ("weights", "gradients", "state")
         }
+        moved["state"] |= {id(p) for live in moving if live.on_host for p in live.trained}
         total = sum(p.nbytes for p in self.model.parameters() if id(p) not in moved["weights"])
         for parameter in self.parameters.values():
             if id(parameter) not in moved["gradients"]:
                 total += parameter.numel() * (parameter.grad_dtype or parameter.dtype).itemsize
             if id(parameter) not in moved["state"]:
-                total += sum(v.nbytes for v in self.optimizer.state[parameter].values() if isinstance(v, Tensor))
+                total += sum(value.nbytes for value in self.optimizer.state[parameter].values() if isinstance(value, Tensor))
         return total
 
     def rearrange(self, table: Table, *, limit: int, update_limit: int) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -68,18 +68,32 @@ class HostTier:
     def __init__(self) -> None:
         self._slabs: dict[int, torch.Tensor] = {}
         self._count = 0
+        self._lock = threading.RLock()  # a collection that frees may begin while something is allocated
         self.used_bytes = self.peak_bytes = 0
 
+    def view(self, region: Region) -> torch.Tensor:
+        """Its bytes."""
+        return self._slabs[region.offset][: region.size]
+
     def allocate(self, size: int) -> Region:
-        self._count += 1
-        self._slabs[self._count] = torch.empty(size, dtype=torch.uint8)
+        with self._lock:
+            slab = self._make(size)
+            self._count += 1
+            self._slabs[self._count] = slab
+            self._use(size)
+            return Region(self._count, size)
+
+    def _make(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _use(self, size: int) -> None:
         self.used_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        return Region(self._count, size)
 
     def free(self, region: Region) -> None:
-        del self._slabs[region.offset]
-        self.used_bytes -= region.size
+        with self._lock:
+            del self._slabs[region.offset]
+            self._use(-region.size)
 
     def read(self, region: Region, start: int, size: int, address: int) -> None:
         ctypes.memmove(address, self._slabs[region.offset].data_ptr() + start, size)
@@ -252,40 +266,62 @@ def _rounded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+class Copy(Protocol):
+    """A copy that is under way: a `Future` of a thread, or one on a device's stream."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Any:
+        """Who computes from now on finds it made. Raises RunError where it failed."""
+        ...
+
+    def exception(self) -> BaseException | None:
+        """The same, and what went wrong instead of raising it."""
+        ...
+
+
 class Mover:
-    """Worker threads that copy, and what is under way to a lower tier."""
+    """Worker threads that copy, and what is under way to a lower tier. Of accelerators: `sartor.placement.streams`."""
+
+    in_flight_bytes = 2**26
+    """At most so many bytes of activations wait to be written."""
 
     def __init__(self, *, workers: int = WORKERS, note: Callable[[str, str, float], None] = lambda *_: None) -> None:
         """`note`: is told of every copy, by the name of its stream and when it began."""
         self._note = note
         self._readers = ThreadPoolExecutor(workers, "sartor-read")
         self._writers = ThreadPoolExecutor(workers, "sartor-write")
-        self._leaving: deque[tuple[list[Future[None]], int, Callable[[], None]]] = deque()
+        self._leaving: deque[tuple[Sequence[Copy], int, Callable[[], None]]] = deque()
         self.leaving_bytes = 0
         self.read_bytes = self.written_bytes = 0
 
-    def read(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
+    def read(self, tier: Tier, region: Region, storage: torch.UntypedStorage) -> Sequence[Copy]:
+        """Begin to fill a storage on the device from a region."""
         self.read_bytes += region.size
-        return self._spread("fetch", self._readers, tier.read, region, address)
+        address = storage.data_ptr()
+        return self._spread(
+            "fetch", self._readers, lambda start, size: tier.read(region, start, size, address + start), region.size
+        )
 
-    def write(self, tier: Tier, region: Region, address: int) -> list[Future[None]]:
+    def write(self, tier: Tier, region: Region, storage: torch.UntypedStorage) -> Sequence[Copy]:
+        """Begin to write a storage on the device to a region."""
         self.written_bytes += region.size
-        return self._spread("write back", self._writers, tier.write, region, address)
+        address = storage.data_ptr()
+        return self._spread(
+            "write back", self._writers, lambda start, size: tier.write(region, start, size, address + start), region.size
+        )
 
-    def _spread(
-        self, stream: str, pool: ThreadPoolExecutor, copy: Callable[[Region, int, int, int], None], region: Region, address: int
-    ) -> list[Future[None]]:
-        def timed(*what: Any) -> None:
+    def _spread(self, stream: str, pool: ThreadPoolExecutor, copy: Callable[[int, int], None], size: int) -> list[Future[None]]:
+        """`copy` of so many bytes from so many on, in pieces, by the threads of a pool."""
+
+        def timed(*what: int) -> None:
             start = time.perf_counter()
             copy(*what)
             self._note(stream, "", start)
 
-        return [
-            pool.submit(timed, region, first, min(SPAN, region.size - first), address + first)
-            for first in range(0, region.size, SPAN)
-        ]
+        return [pool.submit(timed, first, min(SPAN, size - first)) for first in range(0, size, SPAN)]
 
-    def leaving(self, copies: list[Future[None]], size: int, done: Callable[[], None]) -> None:
+    def leaving(self, copies: Sequence[Copy], size: int, done: Callable[[], None]) -> None:
         """`size` bytes are on their way; `done` is called by `settle` when they have arrived."""
         self._leaving.append((copies, size, done))
         self.leaving_bytes += size
