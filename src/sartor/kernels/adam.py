@@ -23,6 +23,8 @@ from sartor.kernels.native import Rates, library, operator
 
 PIECE = 2**18
 """Elements that PyTorch's operators take at once where there is no compiler, so that their temporaries stay in cache."""
+DEVICE_PIECE = 2**22
+"""The same on an accelerator, where temporaries are to be few and operators large."""
 
 RESIDUAL = "residual"
 
@@ -139,7 +141,8 @@ def update(
         places = [tensor.data_ptr() for tensor in tensors]
         kernel(*places, weight.numel(), ctypes.byref(Rates(**rates)), torch.get_num_threads())
     elif all(tensor.is_contiguous() for tensor in tensors):
-        for piece in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
+        size = PIECE if weight.is_cpu else DEVICE_PIECE
+        for piece in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
             _adamw_by_operators(piece, rates)
     else:
         _adamw_by_operators(tensors, rates)
@@ -170,13 +173,19 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
     return norm_of_squares([square_sum(gradient) for gradient in gradients], gradients[0].device if gradients else None)
 
 
-def norm_of_squares(squares: Sequence[float], device: torch.device | None) -> Tensor:
+def norm_of_squares(squares: Sequence[float | Tensor], device: torch.device | None) -> Tensor:
     """The norm of gradients whose sums of squares these are."""
-    return torch.tensor(math.sqrt(sum(squares)), dtype=torch.float32, device=device)
+    if any(isinstance(square, Tensor) for square in squares):
+        total = torch.stack([torch.as_tensor(square, dtype=torch.float64, device=device) for square in squares]).sum()
+        return total.sqrt().float()
+    return torch.tensor(math.sqrt(sum(map(float, squares))), dtype=torch.float32, device=device)
 
 
-def square_sum(gradient: Tensor) -> float:
-    """The sum of squares, in float32 by blocks and in float64 over them."""
+def square_sum(gradient: Tensor) -> float | Tensor:
+    """The sum of squares, in float32 by blocks and in float64 over them; on an accelerator a tensor, for which nobody waits."""
+    if not gradient.is_cpu:
+        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return norm.double().square()
     native = library() if gradient.is_cpu and gradient.dtype in (torch.bfloat16, torch.float32) else None
     if native is None:
         return sum(float(piece.float().square().sum()) for piece in gradient.reshape(-1).split(PIECE))

@@ -52,15 +52,12 @@ class Homes:
         self.make_chunks(live)
         if self._fill is not None:
             self._fill(live.row.parameters)
-        self.to_device(live.row.parameters.values())
+        self._to_device(live.row.parameters.values(), residuals=not live.on_host)
         residuals = [vars(parameter)[RESIDUAL] for parameter in live.trained if RESIDUAL in vars(parameter)]
         if residuals and live.state is not None:
             live.state.adopt(residuals)
             live.state.store()
             self._memory.mover.settle(live.state.size)
-        elif not live.on_host:
-            for parameter, residual in zip(live.trained, residuals, strict=False):
-                setattr(parameter, RESIDUAL, residual.to(self._memory.device))
         self.send_weights(live)
 
     def fill_rest(self, model: nn.Module, rows: Sequence[LiveRow]) -> None:
@@ -69,13 +66,16 @@ class Homes:
         rest = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in placed}
         if self._fill is not None:
             self._fill(rest)
-        self.to_device([*rest.values(), *model.buffers()])
+        self._to_device([*rest.values(), *model.buffers()])
 
-    def to_device(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Values that were made or read in main memory."""
+    def _to_device(self, tensors: Iterable[torch.Tensor], *, residuals: bool = True) -> None:
+        """Values that were made or read in main memory; `residuals`: what a master lacks to its weight, too."""
+        device = self._memory.device
         for tensor in tensors:
-            if tensor.device != self._memory.device:
-                tensor.data = tensor.data.to(self._memory.device)
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
+            if residuals and RESIDUAL in vars(tensor):
+                setattr(tensor, RESIDUAL, vars(tensor)[RESIDUAL].to(device))
 
     def make_chunks(self, live: LiveRow) -> None:
         """Those of gradients and state, where there are none so far."""

@@ -71,8 +71,7 @@ class PlacedStep(TrainStep):
 
     def _total(self, gradients: Sequence[Tensor], norms: Sequence[Tensor | float]) -> Tensor:
         if isinstance(self.optimizer, MasterAdamW):
-            squares = [norm for norm in norms if isinstance(norm, float)]
-            return norm_of_squares(squares, gradients[0].device if gradients else None)
+            return norm_of_squares(norms, gradients[0].device if gradients else None)
         if not gradients:
             return torch.tensor(0.0)
         empty: list[Tensor | None] = [torch.empty(0, dtype=gradient.dtype, device=gradient.device) for gradient in gradients]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sartor.errors import ModelError
@@ -30,7 +31,7 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
         model = build(
             source,
             dtype=load_dtype(plan),
-            device=plan.strategy.device,
+            device="cpu",  # to an accelerator it goes row by row
             attention=plan.strategy.attention,
             seed=plan.job.training.seed,
         )
@@ -43,7 +44,7 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
     tier.require(placement.disk_bytes)
     if not tier.direct:
         say(f"{folder} has no direct input and output: what lives there passes through the page cache")
-    return Engine(
+    engine = Engine(
         model,
         find_rows(model),
         placement.table,
@@ -51,7 +52,11 @@ def build_placed(plan: Plan, source: ModelSource, say: Callable[[str], None]) ->
         fill=fill,
         limit=placement.limit_bytes,
         update_limit=placement.update_limit_bytes,
+        device=torch.device(plan.strategy.device),
     )
+    if cost := getattr(engine.tiers.get("host"), "cost", ""):
+        say(cost)
+    return engine
 
 
 @contextlib.contextmanager
