@@ -25,27 +25,36 @@ class Notebook:
     def __init__(self) -> None:
         self.operations = Operations()
         self._places: dict[Any, tuple[int, ...]] = {}
+        self._known: dict[Any, tuple[int, ...]] = {}
         self._phase = self._kind = ""
         self._unit = self._micro_batch = 0
         self._current: Segment | None = None
         self._view: int | None = None
         self._updates: dict[tuple[str, int], Segment] = {}
 
-    def note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, *, phase: str, unit: int) -> None:
-        """The operator ran once on these operands."""
+    def note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, *, phase: str, unit: int, key: Any = None) -> None:
+        """The operator ran once on these operands. Calls with the same `key` are alike; None says nothing."""
+        places = self._known.get(key) if key is not None else None
+        if places is None:
+            places = self._places_of(func, args, kwargs, result)
+            if key is not None:
+                self._known[key] = places
+        kind = _kind_of(phase)
+        for place in places:
+            self._count(place, phase, kind, unit)
+
+    def _places_of(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[int, ...]:
+        """Of what the operator computes, in the table, which it enters where it is new."""
         if is_collective(func):  # its group is an object made for the call, which tells no calls apart
             operation = describe(func, args, kwargs, result)
             if operation not in self._places:
                 self._places[operation] = self._add(operation)
-            places = self._places[operation]
-        else:
-            key = (func, *map(_key, args), *map(_key, kwargs.values())) if kwargs else (func, *map(_key, args))
-            if key not in self._places:
-                parts = parts_of(func, args)
-                self._places[key] = self._add(*([describe(func, args, kwargs, result)] if parts is None else parts))
-            places = self._places[key]
-        for place in places:
-            self._count(place, phase, _kind_of(phase), unit)
+            return self._places[operation]
+        key = (func, *map(_key, args), *map(_key, kwargs.values()))
+        if key not in self._places:
+            parts = parts_of(func, args)
+            self._places[key] = self._add(*([describe(func, args, kwargs, result)] if parts is None else parts))
+        return self._places[key]
 
     def note_view(self, *, phase: str, unit: int) -> None:
         """A view was made."""

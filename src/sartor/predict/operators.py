@@ -6,6 +6,7 @@ and results; of an operand that is broadcast, what there is in memory; of a tabl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -98,11 +99,13 @@ _PRODUCTS = {
 _ATTENTION = "attention"
 
 
+@functools.cache
 def is_silent(func: Any) -> bool:
     """Whether the operator is a view, or does nothing that takes time on the device."""
     return bool(func.is_view) or func._schema.name.rpartition("::")[2] in _SILENT
 
 
+@functools.cache
 def is_collective(func: Any) -> bool:
     """Whether it sends something to other ranks."""
     namespace, _, name = func._schema.name.partition("::")

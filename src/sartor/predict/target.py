@@ -34,6 +34,7 @@ COMMUNICATOR = 300 * MIB
 """What NCCL takes for each communicator beside PyTorch's allocator: buffers of 4 MiB (NCCL_BUFFSIZE) for every channel and
 protocol, in number by the links. A cautious guess that no measurement of ours backs yet; it enters the process's total only."""
 
+_SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -83,7 +84,7 @@ class Target:
         """
         if self.kind != "cuda":
             return 0
-        if func is torch.ops.aten._softmax_backward_data.default:
+        if func is _SOFTMAX_BACKWARD:
             # `Tensor tmp = grad * output` (PyTorch 2.13, aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
             gradient: torch.Tensor = args[0]
             return gradient.numel() * gradient.element_size()

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch._guards import active_fake_mode
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.kernels.loss import linear_cross_entropy_
@@ -19,11 +19,18 @@ from sartor.predict.fused import extent_of
 from sartor.predict.in_place import adds_up_in_place, lone_holders
 from sartor.predict.ledger import Event, Ledger
 from sartor.predict.notes import Notebook, functions_noted
-from sartor.predict.operators import is_silent
+from sartor.predict.operators import is_silent, tensors_of
+from sartor.predict.results import Results
 from sartor.predict.target import Target
 
 OUTSIDE = -1
 """Tag of what belongs to no repeated unit."""
+_WRAPPERS = ("DTensor", "AsyncCollectiveTensor")
+_DEVICE = torch.ops.prim.device.default
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_VALUE = torch.ops.aten._local_scalar_dense.default
+_ADD = torch.ops.aten.add.Tensor
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 class StorageTracker(TorchDispatchMode):
@@ -48,8 +55,13 @@ class StorageTracker(TorchDispatchMode):
         self._serials: dict[int, int] = {}
         self._count = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would wrap each call in guards against its compiler, which does not run here
+
     def __enter__(self) -> Self:
         self._fake_mode = active_fake_mode()
+        self._results = None if self._fake_mode is None else Results(self._fake_mode)
         return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
 
     def functions_noted(self) -> contextlib.AbstractContextManager[None]:
@@ -57,32 +69,29 @@ class StorageTracker(TorchDispatchMode):
         return functions_noted(self._notebook)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # the most frequent question, and it makes nothing
-            return args[0].fake_device if _is_fake(args[0]) else func(*args)
-        if any(kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):
+        if func is _DEVICE:  # the most frequent question, and it makes nothing
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
+        if any(kind is not FakeTensor and kind.__name__ in _WRAPPERS for kind in types):
             return NotImplemented  # it comes again, with the local tensors
+        kwargs = kwargs or {}
         if self._blind:
-            return func(*args, **(kwargs or {}))
-        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return func(*args, **kwargs)
+        if func is _WAIT:
             return args[0] if _is_fake(args[0]) else func(*args)  # PyTorch's shape rule makes a new tensor, the real one does not
         if self._leaving:
             self._leaving, self._unit = False, OUTSIDE
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+        if func is _VALUE and _is_fake(args[0]):
             # The one question that models ask of values while they build the mask: is there a single segment a row?
             return not self._packed
-        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]) and args[0].dtype != torch.bfloat16:
-            result = _grouped_mm(func, args, kwargs or {})
-        elif func is torch.ops.aten.add.Tensor and adds_up_in_place(args[0], args[1]):
-            result = args[0].add_(args[1])
-        else:
-            result = func(*args, **(kwargs or {}))
+        key = None if self._results is None else self._results.key(func, args, kwargs)
+        result = self._run(func, args, kwargs, key)
         scratch = self._target.transient_bytes(func, args)
-        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and not self._is_foreign(leaf)]
+        leaves = [leaf for leaf in tensors_of(result) if not self._is_foreign(leaf)]
         units = self._units_of_results(args, len(leaves)) if self._by_parameter else None
         for place, leaf in enumerate(leaves):
             self.see(leaf, unit=units[place] if units else None)
         if not self._closed:
-            self._note(func, args, kwargs or {}, result)
+            self._note(func, args, kwargs, result, key)
             if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
                 self._notebook.note_node()
         if scratch:
@@ -91,7 +100,15 @@ class StorageTracker(TorchDispatchMode):
             self.ledger.workspaces[self.see(args[4])] = extent_of(args)
         return result
 
-    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], key: Any) -> Any:
+        """The operator's results; `key` as in `Results`."""
+        if func is _ADD and adds_up_in_place(args[0], args[1]):
+            return args[0].add_(args[1])
+        wide = func is _GROUPED_MM and _is_fake(args[0]) and args[0].dtype != torch.bfloat16
+        run = _grouped_mm if wide else func
+        return run(*args, **kwargs) if key is None or self._results is None else self._results.of(key, run, args, kwargs)
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, key: Any) -> None:
         """Note what the operator computes; over lists of parameters, each one's share, for the unit that it belongs to."""
         if is_silent(func):
             if func.is_view and not self._by_parameter:
@@ -104,7 +121,7 @@ class StorageTracker(TorchDispatchMode):
         if self._by_parameter:
             tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
             unit = OUTSIDE if tensor is None else self.unit_of(tensor)
-        self._notebook.note(func, args, kwargs, result, phase=self.phase, unit=unit)
+        self._notebook.note(func, args, kwargs, result, phase=self.phase, unit=unit, key=key)
 
     def _is_foreign(self, tensor: torch.Tensor) -> bool:
         """Whether it is a fake tensor of somebody else's (DTensor asks for shapes that way): it has no memory."""
@@ -317,10 +334,9 @@ class StorageTracker(TorchDispatchMode):
         self.ledger.events.append(Event(storage=serial, size_bytes=size_bytes, phase=self.phase, module=module, unit=unit))
 
 
-def _grouped_mm(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+def _grouped_mm(first: torch.Tensor, second: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
     """The experts' product in float32: the CPU computes it, but PyTorch's shape rule (2.13) knows bfloat16 only."""
-    first, second, *rest = args
-    result: torch.Tensor = func(first.to(torch.bfloat16), second.to(torch.bfloat16), *rest, **kwargs)
+    result: torch.Tensor = _GROUPED_MM(first.to(torch.bfloat16), second.to(torch.bfloat16), *rest, **kwargs)
     return result.to(first.dtype)
 
 
@@ -341,6 +357,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_fake(value: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return isinstance(value, FakeTensor)
