@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sartor
 from sartor.errors import DoesNotFit, StorageError
@@ -144,6 +145,34 @@ def test_a_placed_run_that_runs_out_of_memory_goes_on_with_less(job_tree: dict[s
     assert "memory ran out in step 3" in done.stdout
     assert "Going on with" in done.stdout
     assert [line["loss"] for line in read_metrics(Path(job_tree["output"])) if "loss" in line] == wanted
+
+
+def test_an_update_that_runs_out_of_memory_goes_on_with_less(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    job_tree["training"]["max_steps"] = 3
+    job_tree["precision"] = "float32"
+    _, wanted = run(job_tree, tmp_path / "plain")
+    job_tree |= {"output": str(tmp_path / "run"), "strategy": {"micro_batch": 4, "placement": "disk"}}
+    calls, told = 0, []
+
+    class Told(sartor.Observer):
+        def said(self, text: str) -> None:
+            told.append(text)
+
+    def short(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # in the second step, which updates four parts
+            raise MemoryError("can't allocate memory")
+
+    hook = register_optimizer_step_pre_hook(short)
+    try:
+        sartor.train(job_tree, observers=[Told()])
+    finally:
+        hook.remove()
+    assert any("memory ran out in step 2" in text and "Going on with the update" in text for text in told), (calls, told)
+    assert [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line] == wanted
+    final = [(tmp_path / where / "checkpoint-3/model.safetensors").read_bytes() for where in ("plain", "run")]
+    assert final[0] == final[1]
 
 
 class Full(sartor.Observer):

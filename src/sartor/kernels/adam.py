@@ -27,6 +27,7 @@ DEVICE_PIECE = 2**22
 """The same on an accelerator, where temporaries are to be few and operators large."""
 
 RESIDUAL = "residual"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,19 +80,22 @@ class MasterAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in updated:  # all memory first: where there is too little, nothing has changed
+            if "step" not in self.state[parameter]:
+                self.state[parameter] |= self._moments(parameter) | {"step": torch.zeros(())}
+        for parameter, group in updated:
+            torch.autograd.graph.increment_version(parameter)  # operators of our own do not
+            self._update(parameter, group)
         self.scale = None
         return loss
 
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """As they are before the first step."""
+        return {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
+
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         state["step"] += 1
         tensors = (parameter, state[RESIDUAL], parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         adamw_(*tensors, state["step"], self.scale, float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])

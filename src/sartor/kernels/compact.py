@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sartor.kernels.adam import RESIDUAL, MasterAdamW, merge, split, update
+from sartor.kernels.adam import MOMENTS, RESIDUAL, MasterAdamW, merge, split, update
 from sartor.kernels.native import operator
 
 BLOCK = 256
@@ -30,7 +30,6 @@ SMALLEST = 4096
 """Elements from which on a parameter's moments have 8 bits; bitsandbytes has the same bound."""
 PART = 2**16
 """Elements that are updated at once: whole blocks, and few enough for the temporaries to stay in cache."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALE = "_scale"
 _DECADES = 7
 
@@ -105,7 +104,13 @@ class CompactAdamW(MasterAdamW):
         self.eight_bit, self.masters, self.rounding_seed = eight_bit, masters, rounding_seed
         super().__init__(params, start=start, **options)
         everything = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._numbers = {parameter: number for number, parameter in enumerate(everything)}
+        self._numbers: dict[Tensor, tuple[int, int]] = {parameter: (number, 0) for number, parameter in enumerate(everything)}
+
+    def stand_in(self, piece: Tensor, parameter: Tensor, first: int, of: CompactAdamW) -> None:
+        """The only parameter from here on, part of one that `of` has, after its first elements, which are whole parts. Chance is
+        drawn for it as for the whole."""
+        assert first % PART == 0 or self.rounding_seed is None
+        self._numbers = {piece: (of._numbers[parameter][0], first // PART)}
 
     def _begin(self, parameter: Tensor, residual: Tensor | None) -> None:
         if self.masters:
@@ -115,20 +120,17 @@ class CompactAdamW(MasterAdamW):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros(())
-            state |= self._moments(parameter)
         state["step"] += 1
         scales = [state[moment + _SCALE] for moment in MOMENTS if moment + _SCALE in state]
         tensors = (parameter, state.get(RESIDUAL), parameter.grad, [state[moment] for moment in MOMENTS], scales, state["step"])
         rates = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
-        adamw_compact_(*tensors, self.scale, *rates, self.rounding_seed, self._numbers[parameter])
+        adamw_compact_(*tensors, self.scale, *rates, self.rounding_seed, *self._numbers[parameter])
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         count, shape = parameter.numel(), parameter.shape
         if not self.eight_bit or count < SMALLEST:
-            return {moment: torch.zeros(shape, dtype=torch.float32, device=parameter.device) for moment in MOMENTS}
-        made = {}
+            return super()._moments(parameter)
+        made: dict[str, Tensor] = {}
         for moment, signed in zip(MOMENTS, (True, False), strict=True):
             zero = 127 if signed else 0
             made[moment] = torch.full(shape, zero, dtype=torch.uint8, device=parameter.device)
@@ -151,9 +153,10 @@ def _adamw_compact(
     decay: float,
     seed: int | None,
     number: int,
+    first_part: int,
 ) -> None:
     flat, gradient = weight.reshape(-1), gradient.reshape(-1)
-    for part, first in enumerate(range(0, flat.numel(), PART)):
+    for part, first in enumerate(range(0, flat.numel(), PART), first_part):
         at, blocks = slice(first, first + PART), slice(first // BLOCK, (first + PART) // BLOCK)
         kept = [moment.view(-1)[at] for moment in moments]
         kept_scales = [of_blocks[blocks] for of_blocks in scales]
@@ -188,7 +191,8 @@ def _generator(*numbers: int) -> torch.Generator:
 
 adamw_compact_ = operator(
     "adamw_compact_(Tensor(a!) weight, Tensor(b!)? residual, Tensor gradient, Tensor(c!)[] moments, Tensor(d!)[] scales, "
-    "Tensor step, Tensor? scale, float lr, float beta1, float beta2, float eps, float decay, int? seed, int number) -> ()",
+    "Tensor step, Tensor? scale, float lr, float beta1, float beta2, float eps, float decay, int? seed, int number, "
+    "int first_part) -> ()",
     _adamw_compact,
     lambda *_: None,
 )

@@ -147,6 +147,38 @@ class Chunk:
         made.tensors, made._regions = [tensor for tensor, _ in homes], [region for _, region in homes]
         return made
 
+    def reserve(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Further tensors of these shapes and formats, which are away; what they hold is written part by part."""
+        assert self.state is State.FREE, "what is on the device is adopted"
+        if not self.tensors:
+            for region in self._regions:
+                self.tier.free(region)
+            self._regions = []
+        made = [empty_like(tensor, torch.device("cpu")) for tensor in like]
+        for tensor in made:
+            self._regions.append(self.tier.allocate(tensor.nbytes))
+            if self._looked is not None:
+                away.register(tensor, self)
+        self.tensors += made
+        return made
+
+    def read_part(self, tensor: Tensor, first: int, count: int) -> Tensor:
+        """A copy of some elements of one of its tensors, while it is away. Raises RunError where they could not be read."""
+        made = torch.empty(count, dtype=tensor.dtype)
+        self.tier.read(self._home(tensor), first * made.itemsize, made.nbytes, made.data_ptr())
+        self._mover.read_bytes += made.nbytes
+        return made
+
+    def write_part(self, tensor: Tensor, first: int, values: Tensor) -> None:
+        """Write some elements of one of its tensors, while it is away. Raises RunError."""
+        self.tier.write(self._home(tensor), first * values.itemsize, values.nbytes, values.data_ptr())
+        self._mover.written_bytes += values.nbytes
+
+    def _home(self, tensor: Tensor) -> Region:
+        assert self.state is State.FREE, "what is on the device is read there"
+        wanted = tensor.untyped_storage()._cdata
+        return next(region for own, region in self.homes() if own.untyped_storage()._cdata == wanted)
+
     def make_room(self, size: int) -> None:
         """Wait for what is leaving, until `size` bytes have room or nothing is left to wait for."""
         while (over := self._gauge.over(size)) and self._mover.leaving_bytes:  # what is wanted again has left the list, and stays

@@ -86,16 +86,18 @@ class Engine:
 
     # -- where things live
 
-    def rearrange(self, table: Table, *, limit: int | None, update_limit: int | None) -> None:
+    def rearrange(self, table: Table, *, limit: int | None, update_limit: int | None, keep_gradients: bool = False) -> None:
         """From here on, what another table sends elsewhere lives there. Nothing comes back that is away. A step that is under way
-        is given up; state moves when the optimizer's keeper is told (`StreamedOptimizer.rearranged`)."""
-        self.reset()
+        is given up, but for gradients that are to be kept for the rest of its update; state moves when the optimizer's keeper is
+        told (`StreamedOptimizer.rearranged`)."""
+        self.reset(keep_gradients=keep_gradients)
         self.table, self._limits = table, (limit, update_limit)
         self.gauge.limit = limit
         self._next.clear()
         for live in self.rows:
             moved, live.places = live.places, self.homes.places(table, live.name)
             self.homes.make_chunks(live)
+            self.gradients.send(live)
             self.homes.send_weights(live)
             if moved.stays and not live.places.stays:
                 self._hook(live)
@@ -282,14 +284,15 @@ class Engine:
         for live in self.rows:  # gradients that came when their row's pass was taken to be over
             self.gradients.send(live)
 
-    def reset(self) -> None:
-        """Nothing is under way any more: after a step that failed. Gradients are let go."""
+    def reset(self, *, keep_gradients: bool = False) -> None:
+        """Nothing is under way any more: after a step that failed. Gradients are let go, or kept for the rest of its update."""
         self._in_forward, self._in_backward, self._backward = False, False, None
         self.visits.leave()
         self.activations.leave()
         self.end_forward()
         for live in self.rows:
-            self.gradients.discard(live)
+            if not keep_gradients:
+                self.gradients.discard(live)
             if live.weights is not None and live.weights.state is State.COMPUTE:
                 live.weights.end()
 

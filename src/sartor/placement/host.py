@@ -30,7 +30,7 @@ class HostOptimizer:
     """Takes an optimizer's steps for rows that are updated on host cores."""
 
     def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
-        self._engine, self._given, self._own = engine, optimizer, _like(optimizer)
+        self._engine, self._given, self._own = engine, optimizer, like(optimizer)
         self._twins: dict[nn.Parameter, nn.Parameter] = {}
         self._copies: dict[nn.Parameter, tuple[Region, int]] = {}
         """Of weights that stay on the device: their place in main memory, and their version when both were the same."""
@@ -172,7 +172,7 @@ class HostOptimizer:
         return self._engine.mover
 
 
-def _like(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def like(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """An optimizer of the same kind and settings without parameters."""
     made: Any = object.__new__(type(optimizer))
     vars(made).update(vars(optimizer))

@@ -9,18 +9,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.adam import RESIDUAL
 from sartor.placement.chunk import Chunk, State, own_storage
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.host import Before, HostOptimizer
 from sartor.placement.live import LiveRow
+from sartor.placement.slices import Slices, can_slice
+
+_MOMENTS_BYTES = 8
+"""Of a parameter's element, at most so far as anybody knows before an optimizer's first step."""
+
+
+def _put_back(chunks: Sequence[Chunk]) -> None:
+    """Nothing computes with these any more; they are as they were."""
+    for chunk in chunks:
+        if chunk.state is State.COMPUTE:
+            chunk.end()
+        if chunk.state in (State.HOLD, State.COMING):
+            chunk.drop()
 
 
 def _stateless(live: LiveRow) -> bool:
@@ -36,6 +50,10 @@ class StreamedOptimizer:
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._staying: list[nn.Parameter] = []
         self._host = HostOptimizer(engine, optimizer)
+        self._scaled: set[nn.Parameter] = set()
+        """Of an update that failed: gradients that stay, and went through `before`."""
+        self.torn = False
+        """Whether an update has failed after it had changed some of the tensors of a row."""
         self.rearranged()
 
     def rearranged(self) -> None:
@@ -58,38 +76,68 @@ class StreamedOptimizer:
     def step(self, before: Before | None = None, *, keep_gradients: bool = False) -> None:
         """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
 
-        `keep_gradients`: for callers that look at them afterwards; else they are let go. Raises RunError of the tiers.
+        `keep_gradients`: for callers that look at them afterwards; else they are let go. Where memory runs out, what is not
+        updated keeps its gradient, and another call goes on with it, unless the update is `torn`. Raises RunError of the tiers.
         """
         self._engine.visits.leave()
         with self._engine.updating():
             self._step(before, keep_gradients)
+        self._scaled.clear()
 
     def _step(self, before: Before | None, keep_gradients: bool) -> None:
         gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        left = dict(gradients) if keep_gradients else gradients
         for parameter in gradients:
             parameter.grad = None
-        rows = [live for live in self._engine.moving if any(p in gradients for p in live.trained)]
-        self._engine.settle_on_host([live for live in rows if live.on_host])
-        if rows:
-            self._engine.tidy(rows[:1])
-            self._expect(rows[0], gradients)
-        staying = {p: gradients[p] for p in self._staying if p in gradients}
-        if staying:
-            self._update(staying, before)
-        for live, follower in zip_longest(rows, rows[1:]):
-            self._row(live, follower, gradients, before, keep_gradients)
-        if keep_gradients:
-            for parameter, gradient in gradients.items():
+        try:
+            rows = [live for live in self._engine.moving if any(p in gradients for p in live.trained)]
+            self._engine.settle_on_host([live for live in rows if live.on_host])
+            if rows:
+                self._engine.tidy(rows[:1])
+                self._expect(rows[0], gradients)
+            staying = {p: gradients[p] for p in self._staying if p in gradients}
+            if staying:
+                self._update(staying, before)
+                for parameter in list(staying):
+                    del staying[parameter], left[parameter]
+            for live, follower in zip_longest(rows, rows[1:]):
+                self._row(live, follower, left, before, keep_gradients)
+        finally:
+            for parameter, gradient in (gradients if keep_gradients else left).items():
                 parameter.grad = gradient
 
     def _update(self, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> None:
-        for parameter, gradient in gradients.items():
+        """Of these parameters; of an update that fails, it is known whether it has changed anything."""
+        here = {p: g.held if isinstance(g, AwayGradient) else g for p, g in gradients.items()}
+        for parameter, gradient in here.items():
             parameter.grad = gradient
         if before is not None:
-            before(list(gradients.values()), self.optimizer)
-        self.optimizer.step()
-        for parameter in gradients:
-            parameter.grad = None
+            before([g for p, g in here.items() if p not in self._scaled], self.optimizer)
+            self._scaled |= {p for p, g in gradients.items() if not isinstance(g, AwayGradient)}
+        kept = {p: set(self.optimizer.state.get(p, ())) for p in here}
+        versions = self._versions(kept)
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError):
+            self.torn = self._versions(kept) != versions
+            for parameter, keys in kept.items():
+                state = self.optimizer.state[parameter]
+                for key in set(state) - keys:
+                    del state[key]
+            raise
+        finally:
+            for parameter in here:
+                parameter.grad = None
+
+    def give_up(self) -> None:
+        """An update that failed is not gone on with."""
+        self.torn = False
+        self._scaled.clear()
+
+    def _versions(self, kept: dict[nn.Parameter, set[str]]) -> list[int]:
+        """Other numbers where parameters, or what was kept of them, have changed."""
+        states = (self.optimizer.state[p][key] for p, keys in kept.items() for key in sorted(keys))
+        return [tensor._version for tensor in (*kept, *states) if isinstance(tensor, Tensor)]
 
     def _expect(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor]) -> None:
         for chunk in self._chunks(live, gradients):
@@ -101,7 +149,18 @@ class StreamedOptimizer:
             return [live.state] if live.state is not None and live.state.tensors else []
         away = any(isinstance(gradients.get(p), AwayGradient) for p in live.trained)
         state = live.state if live.state is not None and live.state.tensors else None
-        return [chunk for chunk in (live.weights, live.gradients if away else None, state) if chunk is not None]
+        chunks = [chunk for chunk in (live.weights, live.gradients if away else None, state) if chunk is not None]
+        return [chunk for chunk in chunks if chunk is not live.state] if self._sliced(live, chunks, gradients) else chunks
+
+    def _sliced(self, live: LiveRow, chunks: Sequence[Chunk], gradients: dict[nn.Parameter, Tensor]) -> bool:
+        """Whether the row is too large to be there as a whole, and can be updated by slices."""
+        limit, chunk = self._engine.gauge.limit, live.state
+        if limit is None or chunk is None or self._engine.device.type != "cpu" or not can_slice(self.optimizer):
+            return False
+        plain = all(p.is_contiguous() and gradients[p].is_contiguous() for p in live.trained if p in gradients)
+        begun = any(key != RESIDUAL for p in live.trained for key in self.optimizer.state.get(p, ()))
+        state = chunk.size + (0 if begun else sum(_MOMENTS_BYTES * p.numel() for p in live.trained))
+        return plain and state + sum(other.size for other in chunks if other is not chunk) > limit
 
     def _row(
         self,
@@ -112,19 +171,28 @@ class StreamedOptimizer:
         keep_gradients: bool,
     ) -> None:
         """Update a row; what `follower` will need is fetched meanwhile."""
-        if _stateless(live):  # what the optimizer makes needs room as well
-            self._engine.mover.settle()
         chunks = self._chunks(live, gradients)
-        for chunk in chunks:
-            chunk.begin()
-        if follower is not None and not (_stateless(live) or _stateless(follower)):
-            self._expect(follower, gradients)
+        sliced = not live.on_host and live.state not in chunks and self._sliced(live, chunks, gradients)
+        if _stateless(live) or sliced:  # what the optimizer makes needs room as well
+            self._engine.mover.settle()
         own = {p: gradients[p] for p in live.trained if p in gradients}
         start = time.perf_counter()
-        if live.on_host:
-            self._host.update(live, own, before)
-        else:
-            self._update({p: g.held if isinstance(g, AwayGradient) else g for p, g in own.items()}, before)
+        try:
+            for chunk in chunks:
+                chunk.begin()
+            if follower is not None and not (sliced or _stateless(live) or _stateless(follower)):
+                self._expect(follower, gradients)
+            if live.on_host:
+                self.torn = True
+                self._host.update(live, own, before)
+                self.torn = False
+            elif sliced:
+                self._update_sliced(live, own, before)
+            else:
+                self._update(own, before)
+        except (RuntimeError, MemoryError):
+            _put_back(chunks)
+            raise
         self._engine.recorder.span("update", live.name, start)
         for chunk in chunks:
             chunk.end()
@@ -136,10 +204,19 @@ class StreamedOptimizer:
         if live.weights is not None and not live.on_host:
             live.weights.store()
         self.keep_state(live)
-        if not keep_gradients:
-            for parameter in own:
-                del gradients[parameter]
+        for parameter in own:
+            del gradients[parameter]
         self._engine.mover.settle(sum(chunk.size for chunk in chunks))
+
+    def _update_sliced(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> None:
+        assert live.state is not None, "only what is away is updated by slices"
+        if live.state.state is not State.FREE:
+            live.state.drop()
+            self._engine.mover.settle()
+        values = {p: g.held if isinstance(g, AwayGradient) else g for p, g in gradients.items()}
+        self.torn = True
+        Slices(self.optimizer, self._engine.gauge).update(live.state, values, before, scaled=self._scaled)
+        self.torn = False
 
     def keep_state(self, live: LiveRow) -> None:
         """Send what the optimizer keeps of a row to where it lives."""

@@ -24,6 +24,7 @@ from sartor.placement.engine import Engine
 from sartor.placement.fill import from_folder
 from sartor.placement.live import LiveRow
 from sartor.placement.optimizer import StreamedOptimizer
+from sartor.placement.slices import can_slice
 from sartor.placement.streams import numbered, where
 from sartor.placement.tiers import DiskTier, HostTier, Tier
 from sartor.plan.table import Policy, Sizes, Table, uniform, within
@@ -61,7 +62,7 @@ def prepare(
     lower = lower or ("disk" if target.type == "cpu" else "host")
     rows = find_rows(model)
     state_bytes = _state_bytes(optimizer)
-    sizes = [Sizes.of(row, state_bytes=state_bytes) for row in rows]
+    sizes = [Sizes.of(row, state_bytes=state_bytes, sliced=can_slice(optimizer)) for row in rows]
     rest = _rest(model, sizes, state_bytes)
     table = _table(sizes, policy, budget, lower, activations, rest)
     limit = None if budget is None else max(budget - rest - table.kept_bytes(sizes), 0)
@@ -118,12 +119,12 @@ def _table(sizes: list[Sizes], policy: Policy, budget: int | None, lower: str, a
         )
     table = within(sizes, budget - rest, lower, activations=activations)  # type: ignore[arg-type]
     if table is None:
-        largest = max(sizes, key=lambda size: size.total)
-        least = largest.total + rest
+        largest = max(sizes, key=lambda size: size.least)
+        least = largest.least + rest
         raise UsageError(
             f"weights, gradients and optimizer state do not fit in {format_bytes(budget)}",
             why=f"with everything on the {lower} tier, those of {largest.name} are still together in memory for its update: "
-            f"{format_bytes(largest.total)}" + (f", and {format_bytes(rest)} that never go" if rest else ""),
+            f"{format_bytes(largest.least)}" + (f", and {format_bytes(rest)} that never go" if rest else ""),
             remedy=f"budget={least} ({format_bytes(least)}) or more",
         )
     return table

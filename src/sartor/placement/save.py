@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sartor.model.weights import WeightFiles, write_weights
+from sartor.placement.chunk import Chunk
 from sartor.placement.live import LiveRow
 from sartor.placement.step import PlacedStep
 
@@ -55,18 +56,26 @@ def adapter_state(step: PlacedStep) -> dict[str, Tensor]:
 
 
 def save_optimizer(step: PlacedStep, path: Path) -> None:
-    """The optimizer's state by the parameters' names, `name|key`."""
+    """The optimizer's state by the parameters' names, `name|key`; one tensor after the other."""
+    step.engine.visits.leave()
+    step.engine.mover.settle()
     tensors = [
         (f"{name}|{key}", torch.as_tensor(value), parameter)
         for name, parameter in step.parameters.items()
         for key, value in step.optimizer.state[parameter].items()
     ]
-    with _Rows(step).visited() as rows:
-        write_weights(path, [(name, like) for name, like, _ in tensors], lambda n: rows.state(tensors[n][2], tensors[n][1]))
+    homes = {id(p): live.state for live in step.engine.moving for p in live.trained if live.state is not None}
+
+    def copy_of(value: Tensor, parameter: Tensor) -> Tensor:
+        chunk = homes.get(id(parameter))
+        away = chunk is not None and value.numel() > 1 and not value.untyped_storage().nbytes()
+        return chunk.read_part(value, 0, value.numel()).as_strided(value.shape, value.stride()) if chunk and away else value
+
+    write_weights(path, [(name, like) for name, like, _ in tensors], lambda n: copy_of(*tensors[n][1:]))
 
 
 def restore_optimizer(step: PlacedStep, path: Path) -> None:
-    """Bring the optimizer's state back, row by row."""
+    """Bring the optimizer's state back, one tensor after the other."""
     files = WeightFiles(path)
     keys: dict[str, list[str]] = {}
     for full in files.names():
@@ -74,12 +83,18 @@ def restore_optimizer(step: PlacedStep, path: Path) -> None:
         keys.setdefault(name, []).append(key)
     names = {id(parameter): name for name, parameter in step.parameters.items()}
 
-    def read(parameter: nn.Parameter, device: torch.device) -> None:
+    def read(parameter: nn.Parameter, device: torch.device, home: Chunk | None = None) -> None:
         name = names[id(parameter)]
         for key in keys.get(name, ()):
             value = files.empty(f"{name}|{key}")
             files.read(f"{name}|{key}", value)
-            step.optimizer.state[parameter][key] = value.to(device)
+            if home is not None and value.numel() > 1:
+                (place,) = home.reserve([value])
+                home.write_part(place, 0, value)
+                value = place
+            else:
+                value = value.to(device)
+            step.optimizer.state[parameter][key] = value
 
     placed = {id(parameter) for live in step.engine.moving for parameter in live.trained}
     for parameter in step.parameters.values():
@@ -89,7 +104,7 @@ def restore_optimizer(step: PlacedStep, path: Path) -> None:
         if live.state is not None:
             live.state.forget()
         for parameter in live.trained:
-            read(parameter, torch.device("cpu") if live.on_host else parameter.device)
+            read(parameter, torch.device("cpu") if live.on_host else parameter.device, live.state)
         step.streamed.keep_state(live)
 
 
@@ -117,16 +132,12 @@ class _Rows:
             yield self
 
     def weight(self, tensor: Tensor) -> Tensor:
-        self._visit(self._owner.get(id(tensor)), state=False)
+        self._visit(self._owner.get(id(tensor)))
         return tensor
 
-    def state(self, parameter: Tensor, value: Tensor) -> Tensor:
-        self._visit(self._owner.get(id(parameter)), state=True)
-        return value
-
-    def _visit(self, live: LiveRow | None, *, state: bool) -> None:
+    def _visit(self, live: LiveRow | None) -> None:
         if live is None or live is self._there:
             return
         self._open.close()
         self._there = live
-        self._open.enter_context(self._step.streamed.gathered(live) if state else self._step.engine.gathered(live))
+        self._open.enter_context(self._step.engine.gathered(live))

@@ -84,7 +84,7 @@ class PlacedStep(TrainStep):
     def _scale(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, MasterAdamW):
             optimizer.scale = self._coefficient
-        elif self._coefficient is not None:
+        elif self._coefficient is not None and gradients:
             torch._foreach_mul_(list(gradients), self._coefficient.to(gradients[0].device))
 
     def update(self, rate: float) -> None:
@@ -113,13 +113,21 @@ class PlacedStep(TrainStep):
                 total += sum(value.nbytes for value in self.optimizer.state[parameter].values() if isinstance(value, Tensor))
         return total
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether an update that failed can be taken up again where it stopped."""
+        return self.updating and not self.streamed.torn
+
     def rearrange(self, table: Table, *, limit: int, update_limit: int) -> None:
-        """Go on with less in memory; gradients are let go."""
-        self.discard()
-        self.engine.rearrange(table, limit=limit, update_limit=update_limit)
+        """Go on with less in memory; gradients are let go, but for those of an update that goes on."""
+        goes_on = self.can_go_on
+        if not goes_on:
+            self.discard()
+        self.engine.rearrange(table, limit=limit, update_limit=update_limit, keep_gradients=goes_on)
         self.streamed.rearranged()
 
     def discard(self) -> None:
         self._coefficient = None
+        self.streamed.give_up()
         self.optimizer.zero_grad(set_to_none=True)
         self.engine.reset()

@@ -18,7 +18,7 @@ from sartor.model import skeleton
 from sartor.model.rows import Row, find_rows
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Placement, Strategy
-from sartor.plan.table import BUFFER_BYTES, Sizes, less_and_less, uniform, within
+from sartor.plan.table import BUFFER_BYTES, Sizes, Table, less_and_less, uniform, within
 from sartor.predict import KINDS, Ledger, MemoryForecast, Peak
 from sartor.predict.memory import collector_paused
 from sartor.predict.target import Target
@@ -63,7 +63,7 @@ class Shortfall:
     memory_bytes: int
     """What the process would have to have."""
     row: str
-    """The largest row, which is in memory as a whole while it is updated."""
+    """The largest row, whose weights and gradients are in memory as a whole while it is updated."""
     row_bytes: int
 
 
@@ -89,10 +89,10 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     else:
         found = within(sizes, room, "disk", passes=needs.passes, update=needs.update)
         if found is None:
-            largest = max(sizes, key=lambda size: size.total)
-            process = base + largest.total + max(needs.passes, needs.update)
+            largest = max(sizes, key=lambda size: size.least)
+            process = base + largest.least + max(needs.passes, needs.update)
             memory = math.ceil(process / forecast.tight_share)
-            return Shortfall(memory_bytes=memory, row=largest.name, row_bytes=largest.total)
+            return Shortfall(memory_bytes=memory, row=largest.name, row_bytes=largest.least)
         table = found
     left = room - table.kept_bytes(sizes)
     placement = Placement(
@@ -126,7 +126,7 @@ def row_sizes(rows: Sequence[Row], precision: Precision, optimizer: str, *, accu
     """Of a model's rows under a precision and an optimizer."""
     gradient = _gradient_width(precision, accumulated=accumulated)
     kept = functools.partial(state_bytes, optimizer=optimizer, precision=precision)
-    return tuple(Sizes.of(row, state_bytes=kept, gradient_bytes=gradient) for row in rows)
+    return tuple(Sizes.of(row, state_bytes=kept, gradient_bytes=gradient, sliced=True) for row in rows)
 
 
 def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
@@ -147,15 +147,16 @@ def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> P
     target = before - max(at_least, min(before // 4, before - least))
     if target >= before:
         return None
-    for table in tables:
-        left = target - table.kept_bytes(sizes)
-        if left >= table.least_bytes(sizes):
-            return Placement(
-                table=table,
-                limit_bytes=min(placement.limit_bytes, left),
-                update_limit_bytes=min(placement.update_limit_bytes, left),
-                disk_bytes=table.tier_bytes(sizes, "disk"),
-            )
+    for largest in (Table.row_bytes, Table.least_bytes):
+        for table in tables:
+            left = target - table.kept_bytes(sizes)
+            if left >= largest(table, sizes):
+                return Placement(
+                    table=table,
+                    limit_bytes=min(placement.limit_bytes, left),
+                    update_limit_bytes=min(placement.update_limit_bytes, left),
+                    disk_bytes=table.tier_bytes(sizes, "disk"),
+                )
     return None
 
 

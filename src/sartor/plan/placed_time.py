@@ -113,7 +113,7 @@ class _Step:
         largest = max((size.weights for size, places in self._rows if places.weights != "device"), default=0)
         gradients = max((size.gradients for size, places in self._rows if places.gradients != "device"), default=0)
         self._ahead = placement.limit_bytes >= 2 * (largest + gradients)
-        self._ahead_in_update = placement.update_limit_bytes >= 2 * placement.table.least_bytes(sizes)
+        self._ahead_in_update = placement.update_limit_bytes >= 2 * placement.table.row_bytes(sizes)
 
     def passes(self, forward: float, backward: float, *, first: bool) -> Iterator[Block]:
         """Of a micro-batch."""

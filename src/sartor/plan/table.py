@@ -21,6 +21,9 @@ WORKERS = 2
 """Threads that read, and as many that write."""
 BUFFER_BYTES = 2 * WORKERS * SPAN
 """What the disk tier takes of memory."""
+SLICE = 2**21
+"""Elements of a parameter that are updated at once where a row is too large to be in memory with its state. What is kept of them
+fills whole pages of 4 KiB, down to a float32 for 256 elements."""
 KINDS = ("state", "gradients", "weights")
 """What moves, cheapest first: state is moved twice a step, gradients twice and twice more for every further micro-batch, weights
 twice a micro-batch and twice for the update."""
@@ -34,11 +37,20 @@ class Sizes:
     weights: int
     gradients: int = 0
     state: int = 0
+    part: int | None = None
+    """Of the state, what an update by slices has in memory at once; None where the optimizer cannot do that."""
 
     @classmethod
-    def of(cls, row: Row, *, state_bytes: float | Callable[[Tensor], int] = 8.0, gradient_bytes: int | None = None) -> Sizes:
+    def of(
+        cls,
+        row: Row,
+        *,
+        state_bytes: float | Callable[[Tensor], int] = 8.0,
+        gradient_bytes: int | None = None,
+        sliced: bool = False,
+    ) -> Sizes:
         """`state_bytes` that the optimizer keeps, of an element or told of a parameter, AdamW's two float32 by default, and
-        `gradient_bytes` of an element, as many as the parameter's own by default."""
+        `gradient_bytes` of an element, as many as the parameter's own by default. `sliced`: the optimizer can go by slices."""
         trained = row.trained.values()
         kept = state_bytes if callable(state_bytes) else lambda parameter: int(parameter.numel() * state_bytes)
         return cls(
@@ -46,11 +58,33 @@ class Sizes:
             weights=sum(parameter.numel() * parameter.element_size() for parameter in row.parameters.values()),
             gradients=sum(parameter.numel() * (gradient_bytes or parameter.element_size()) for parameter in trained),
             state=sum(map(kept, trained)),
+            part=max((_part(kept(parameter), parameter.numel()) for parameter in trained), default=0) if sliced else None,
         )
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.state
+
+    @property
+    def least_state(self) -> int:
+        """What of its state is in memory at once when it is updated, at least."""
+        return self.state if self.part is None else self.part
+
+    @property
+    def least(self) -> int:
+        """What of the row is in memory at once when it is updated, at least."""
+        return self.weights + self.gradients + self.least_state
+
+
+def slices(count: int) -> list[tuple[int, int]]:
+    """A parameter of so many elements in slices: the first element of each, and how many. The last one may be longer."""
+    number = max(count // SLICE, 1)
+    return [(n * SLICE, SLICE if n < number - 1 else count - n * SLICE) for n in range(number)]
+
+
+def _part(state: int, count: int) -> int:
+    """Bytes of the state of the longest slice."""
+    return -(-state * max(size for _, size in slices(count)) // max(count, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +133,14 @@ class Table:
         """The larger of the two."""
         return max(self.update_bytes(sizes), self.pass_bytes(sizes))
 
-    def least_bytes(self, sizes: Sequence[Sizes]) -> int:
+    def row_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The same where nothing is fetched ahead, and what is written is waited for: one row and its update."""
         return max((sum(entry.values()) for entry in self._moved(sizes)), default=0)
+
+    def least_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """The same where the update goes by slices, if the optimizer can do that."""
+        moved = zip(self._moved(sizes), sizes, strict=True)
+        return max((sum(entry.values()) - (entry["state"] and size.state - size.least_state) for entry, size in moved), default=0)
 
     def _moved(self, sizes: Sequence[Sizes]) -> list[dict[str, int]]:
         return [
@@ -133,7 +172,8 @@ def within(
     activations: Place = "device",
 ) -> Table | None:
     """The table that keeps `budget_bytes` and moves least: of what must go to `place`, the cheapest kinds first, the last rows
-    before the first. With room to fetch ahead if that can be, else without. None where even moving everything needs more.
+    before the first. With room to fetch ahead if that can be, else for a whole row, else for slices of it. None where even moving
+    everything needs more.
 
     `passes`, `update`: what else is on the device in forward and backward passes, and in the update.
     """
@@ -143,9 +183,10 @@ def within(
         ahead = max(passes + table.pass_bytes(sizes), update + table.update_bytes(sizes))
         if table.kept_bytes(sizes) + ahead <= budget_bytes:
             return table
-    for table in candidates:
-        if table.kept_bytes(sizes) + table.least_bytes(sizes) + max(passes, update) <= budget_bytes:
-            return table
+    for largest in (Table.row_bytes, Table.least_bytes):
+        for table in candidates:
+            if table.kept_bytes(sizes) + largest(table, sizes) + max(passes, update) <= budget_bytes:
+                return table
     return None
 
 

@@ -30,7 +30,7 @@ from sartor.train.checkpoint import Progress, TrainState
 from sartor.train.metrics import MetricsWriter, Observer, Observers
 from sartor.train.outcome import memory_outcome, not_finite, record, reset_peaks
 from sartor.train.record import EvalRecord, Run, StepRecord
-from sartor.train.recovery import clear_up, recover, shortage_of
+from sartor.train.recovery import clear_up, recover, shortage_of, update
 from sartor.train.setup import Workbench, adopt, check_identity, check_runnable, identity, set_up
 from sartor.train.signals import StopRequest, stop_requests
 
@@ -124,8 +124,11 @@ def _train(
     world = bench.world
     while progress.step < plan.total_steps and not any(world.sum(bool(stop))):
         try:
-            progress = _step(plan, bench, progress, watchers)
+            changed, progress = _step(plan, bench, progress, watchers)
             shortage = None
+            if changed is not plan:
+                plan = changed
+                files.write_text(folder / "plan.yaml", plan.to_yaml())
         except StorageError:  # nothing can be saved of what is not there
             raise
         except RunError:  # a loss that is not finite: the step was not taken, the weights are good
@@ -154,8 +157,9 @@ def _train(
     return plan, progress
 
 
-def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> Progress:
-    """One optimizer step. Raises RunError, naming the examples, where loss or gradient is not finite."""
+def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) -> tuple[Plan, Progress]:
+    """One optimizer step; the plan as it is afterwards. Raises RunError, naming the examples, where loss or gradient is not
+    finite."""
     start = time.perf_counter()
     bench.step.model.train()
     bench.world.seed(plan.job.training.seed, progress.step)
@@ -177,7 +181,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     training = plan.job.training
     assert training.learning_rate is not None, "a plan's job is resolved"
     rate = learning_rate(progress.step, plan.total_steps, training, peak=training.learning_rate)
-    bench.step.update(rate)
+    plan = update(plan, bench, rate, progress.step, watchers.said)
 
     tokens, seconds = int(bench.sets.train.lengths[indices].sum()), time.perf_counter() - start
     progress = dataclasses.replace(
@@ -200,7 +204,7 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
             seconds=progress.seconds,
         )
     )
-    return progress
+    return plan, progress
 
 
 @torch.no_grad()

@@ -68,12 +68,8 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
 
     Raises RunError where nothing smaller is left, or where memory ran out while weights were updated.
     """
-    measured = _measured(plan) + shortage.requested_bytes
-    forecast = plan.forecast.process_bytes or measured
-    wrong = (
-        f"memory ran out in step {step + 1}, at {format_bytes(measured)}; forecast were {format_bytes(forecast)} "
-        f"of {format_bytes(plan.forecast.available_bytes)}"
-    )
+    measured, forecast = _measured_and_forecast(plan, shortage)
+    wrong = _told(plan, shortage, step)
     if shortage.updating:
         raise RunError(
             wrong,
@@ -112,6 +108,45 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
     bench.reserve.hold()
     say(f"{wrong}. Going on with: {strategy.describe()}")
     return dataclasses.replace(plan, strategy=strategy, forecast=smaller.forecast, time=smaller.time)
+
+
+def update(plan: Plan, bench: Workbench, rate: float, step: int, say: Callable[[str], None]) -> Plan:
+    """Take the optimizer step at this rate. Where memory runs out in that of a placed run, more goes to disk, and what is left of
+    the update is taken; the plan to go on with.
+
+    Raises the error as it came where some of a row's tensors have changed already, or where nothing more can go.
+    """
+    while True:
+        try:
+            bench.step.update(rate)
+            return plan
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(bench.step, PlacedStep) and bench.step.can_go_on):
+                raise
+            shortage = shortage_of(error, bench)
+            wrong = "" if shortage is None else _told(plan, shortage, step)
+            bench.step.engine.clear()
+            less = None if shortage is None else _with_more_on_disk(plan, bench.step, shortage)
+            if less is None:
+                raise
+            plan = less
+        bench.reserve.hold()
+        say(f"{wrong}. Going on with the update: {plan.strategy.describe()}")
+
+
+def _measured_and_forecast(plan: Plan, shortage: Shortage) -> tuple[int, int]:
+    """Bytes of the process."""
+    measured = _measured(plan) + shortage.requested_bytes
+    return measured, plan.forecast.process_bytes or measured
+
+
+def _told(plan: Plan, shortage: Shortage, step: int) -> str:
+    """What happened, in words."""
+    measured, forecast = _measured_and_forecast(plan, shortage)
+    return (
+        f"memory ran out in step {step + 1}, at {format_bytes(measured)}; forecast were {format_bytes(forecast)} "
+        f"of {format_bytes(plan.forecast.available_bytes)}"
+    )
 
 
 def _with_more_on_disk(plan: Plan, step: PlacedStep, shortage: Shortage) -> Plan | None:
