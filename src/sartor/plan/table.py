@@ -39,6 +39,8 @@ class Sizes:
     state: int = 0
     part: int | None = None
     """Of the state, what an update by slices has in memory at once; None where the optimizer cannot do that."""
+    shared: bool = False
+    """Whether several modules use it: embeddings that are the head as well."""
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class Sizes:
             weights=sum(parameter.numel() * parameter.element_size() for parameter in row.parameters.values()),
             gradients=sum(parameter.numel() * (gradient_bytes or parameter.element_size()) for parameter in trained),
             state=sum(map(kept, trained)),
+            shared=len(row.modules) > 1,
             part=max((_part(kept(parameter), parameter.numel()) for parameter in trained), default=0) if sliced else None,
         )
 
@@ -74,6 +77,13 @@ class Sizes:
     def least(self) -> int:
         """What of the row is in memory at once when it is updated, at least."""
         return self.weights + self.gradients + self.least_state
+
+
+def _threes(rows: Sequence[dict[str, int]]) -> Iterator[tuple[dict[str, int], dict[str, int], dict[str, int]]]:
+    """Every row between its neighbours."""
+    nothing = dict.fromkeys(KINDS, 0)
+    padded = [nothing, *rows, nothing]
+    yield from zip(padded[:-2], rows, padded[2:], strict=True)
 
 
 def slices(count: int) -> list[tuple[int, int]]:
@@ -121,13 +131,20 @@ class Table:
 
     def pass_bytes(self, sizes: Sequence[Sizes]) -> int:
         """At most so much of what lives elsewhere is on the device in forward and backward passes, where nothing limits it: the
-        weights and gradients of two rows, and gradients that are being written."""
-        largest = {kind: max((entry[kind] for entry in self._moved(sizes)), default=0) for kind in KINDS}
-        return 2 * largest["weights"] + 3 * largest["gradients"]
+        weights of a row and of the next one, its gradients, those of the row before, which are written, and those of the next
+        one, which are fetched where they are added to."""
+        rows = self._moved(sizes)
+        if sizes and sizes[0].shared:  # what comes first comes last as well
+            rows = [*rows, rows[0]]
+        most = 0
+        for before, row, after in _threes(rows):
+            weights = row["weights"] + max(before["weights"], after["weights"])
+            most = max(most, weights + before["gradients"] + row["gradients"] + after["gradients"])
+        return most
 
     def update_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The same in an update: the row that is updated, the next one, which is fetched, and the last one, which is written."""
-        return 3 * max((sum(entry.values()) for entry in self._moved(sizes)), default=0)
+        return max((sum(map(sum, (row.values() for row in three))) for three in _threes(self._moved(sizes))), default=0)
 
     def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The larger of the two."""
