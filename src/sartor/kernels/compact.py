@@ -106,9 +106,9 @@ class CompactAdamW(MasterAdamW):
         everything = [parameter for group in self.param_groups for parameter in group["params"]]
         self._numbers: dict[Tensor, tuple[int, int]] = {parameter: (number, 0) for number, parameter in enumerate(everything)}
 
-    def stand_in(self, piece: Tensor, parameter: Tensor, first: int, of: CompactAdamW) -> None:
-        """The only parameter from here on, part of one that `of` has, after its first elements, which are whole parts. Chance is
-        drawn for it as for the whole."""
+    def stand_in(self, piece: Tensor, parameter: Tensor, first: int, of: Any) -> None:
+        """The only parameter from here on: part of one of another CompactAdamW's, after its `first` elements, whole parts.
+        Chance is drawn for it as for the whole."""
         assert first % PART == 0 or self.rounding_seed is None
         self._numbers = {piece: (of._numbers[parameter][0], first // PART)}
 

@@ -144,8 +144,8 @@ def _tiers(table: Table, sizes: list[Sizes], folder: str | Path | None) -> dict[
 def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
     """What the optimizer keeps of each parameter, from a step with a small one."""
     accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    small = nn.Parameter(torch.zeros(64, 64))
+    options = {key: value for key, value in (vars(optimizer) | optimizer.defaults).items() if key in accepted}
+    small = nn.Parameter(torch.zeros(64, 64, dtype=optimizer.param_groups[0]["params"][0].dtype))
     try:
         probe = type(optimizer)([small], **options)
         small.grad = torch.zeros_like(small)

@@ -114,9 +114,8 @@ class Slices:
     def _alone(self, parameter: nn.Parameter) -> Any:
         """An optimizer of the same kind and settings, for slices of this parameter."""
         own = like(self._optimizer)
-        own.param_groups = [
-            next({**g, "params": []} for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))
-        ]
+        groups = self._optimizer.param_groups
+        own.param_groups = [{**group, "params": []} for group in groups if any(p is parameter for p in group["params"])]
         return own
 
 

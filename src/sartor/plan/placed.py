@@ -98,7 +98,7 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     placement = Placement(
         table=table,
         limit_bytes=max(min(left - needs.passes, table.pass_bytes(sizes)), table.least_bytes(sizes)),
-        update_limit_bytes=max(min(left - needs.update, table.update_bytes(sizes)), table.least_bytes(sizes)),
+        update_limit_bytes=max(min(left - needs.update, table.update_room(sizes)), table.least_bytes(sizes)),
         disk_bytes=table.tier_bytes(sizes, "disk"),
     )
     peak = _peak(placement, needs)
@@ -205,11 +205,9 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
         later=steps.later,
     )
     passes, update = _others(ledger)
-    # the gradient of a weight that embeddings and head share is complete, and can go, when the backward pass is over
+    # the gradient of a weight that embeddings and head share is there from the loss on
     shared = sum(size.gradients for size, row in zip(sizes, rows, strict=True) if len(row.modules) > 1)
-    return _Needs(
-        sizes=sizes, outside=max(whole - sum(size.total for size in sizes), 0), passes=passes + shared, update=update + shared
-    )
+    return _Needs(sizes=sizes, outside=max(whole - sum(size.total for size in sizes), 0), passes=passes + shared, update=update)
 
 
 def _others(ledger: Ledger) -> tuple[int, int]:

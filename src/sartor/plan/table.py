@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -146,6 +147,14 @@ class Table:
         """The same in an update: the row that is updated, the next one, which is fetched, and the last one, which is written."""
         return max((sum(map(sum, (row.values() for row in three))) for three in _threes(self._moved(sizes))), default=0)
 
+    def update_room(self, sizes: Sequence[Sizes]) -> int:
+        """What an update is given: a row and the next one, or three of the common size. Beside a row that is much larger than the
+        others, what has been updated is written before more is fetched."""
+        totals = [sum(row.values()) for row in self._moved(sizes)]
+        common = sorted(total for total in totals if total)
+        pairs = max((one + other for one, other in pairwise([*totals, 0])), default=0)
+        return min(max(pairs, 3 * common[len(common) // 2] if common else 0), self.update_bytes(sizes))
+
     def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The larger of the two."""
         return max(self.update_bytes(sizes), self.pass_bytes(sizes))
@@ -197,7 +206,7 @@ def within(
     whole = uniform(sizes, "device", activations=activations)
     candidates = [whole, *less_and_less(sizes, place, whole)]
     for table in candidates:
-        ahead = max(passes + table.pass_bytes(sizes), update + table.update_bytes(sizes))
+        ahead = max(passes + table.pass_bytes(sizes), update + table.update_room(sizes))
         if table.kept_bytes(sizes) + ahead <= budget_bytes:
             return table
     for largest in (Table.row_bytes, Table.least_bytes):
