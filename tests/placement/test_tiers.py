@@ -36,6 +36,21 @@ def test_what_was_stored_comes_back_into_the_same_tensor(tmp_path: Path) -> None
     assert "11.4 MiB" in changes[-1].describe()
 
 
+def test_parts_and_the_whole_can_be_written_in_turn(tmp_path: Path) -> None:
+    """Each piece has a sum; those of other cuts are forgotten."""
+    chunk, tensor = chunk_of(tmp_path, 4096)
+    chunk.store()
+    chunk._mover.settle()
+    for number in range(4):
+        assert torch.equal(chunk.read_part(tensor, 1024, 1024), torch.arange(1024, 2048) + 0.5 * number)
+        chunk.write_part(tensor, 1024, torch.arange(1024, 2048) + 0.5 * number + 0.25)
+        chunk.hold()
+        assert torch.equal(tensor[1024:2048], torch.arange(1024, 2048) + 0.5 * number + 0.25)
+        tensor += 0.25
+        chunk.store()
+        chunk._mover.settle()
+
+
 def test_what_is_wanted_again_while_it_leaves_stays(tmp_path: Path) -> None:
     chunk, tensor = chunk_of(tmp_path)
     chunk.store()

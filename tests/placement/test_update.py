@@ -60,6 +60,7 @@ def backward(model: nn.Module, step: int) -> None:
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "SLICE", 2048)
     monkeypatch.setattr(compact, "PART", 512)
+    monkeypatch.setattr(compact, "SMALLEST", 1024)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -116,9 +116,12 @@ class DiskTier:
         self._descriptor, self.direct = _open(folder)
         self._end = 0
         self._sums: dict[int, tuple[int, int]] = {}
+        """By the place of a piece in the file: its bytes, and their sum."""
+        self._pieces: defaultdict[int, set[int]] = defaultdict(set)
+        """The places in every 8 MiB of the file."""
         self._holes: defaultdict[int, list[int]] = defaultdict(list)
         self._local = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as above
         self.used_bytes = self.peak_bytes = 0
 
     def require(self, size: int) -> None:
@@ -178,7 +181,7 @@ class DiskTier:
         buffer, place = self._staging()
         for first, count, taken in _spans(size):
             ctypes.memmove(place, address + first, count)
-            self._sums[region.offset + start + first] = count, _sum(buffer, count)
+            self._remember(region.offset + start + first, count, _sum(buffer, count))
             try:
                 put = os.pwritev(self._descriptor, [buffer[:taken]], region.offset + start + first)
             except OSError as error:
@@ -187,6 +190,17 @@ class DiskTier:
                 raise _failed("write", self._folder, OSError(errno.ENOSPC, f"{put} of {taken} bytes were taken"))
             if not self.direct:
                 os.posix_fadvise(self._descriptor, region.offset + start + first, taken, os.POSIX_FADV_DONTNEED)
+
+    def _remember(self, place: int, count: int, total: int) -> None:
+        """The sum of these bytes; those of pieces that were cut otherwise are not true any more."""
+        with self._lock:
+            near = [self._pieces[number] for number in range(place // SPAN - 1, (place + count) // SPAN + 1)]
+            for other in [other for pieces in near for other in pieces]:
+                if other < place + count and place < other + self._sums[other][0]:
+                    del self._sums[other]
+                    self._pieces[other // SPAN].discard(other)
+            self._sums[place] = count, total
+            self._pieces[place // SPAN].add(place)
 
     def _staging(self) -> tuple[memoryview, int]:
         """A buffer of the calling thread that starts on a page."""
