@@ -6,12 +6,14 @@
 
 The device is capped (`torch.cuda.set_per_process_memory_fraction`) at the gibibytes in a case's name. Weights are random, in
 bfloat16 with the residual of a float32 master, AdamW is exact, activations are recomputed; 32,768 tokens a step in rows of 4,096.
-`largest` has as many layers as main memory and disk hold.
+`largest` has as many layers as main memory and disk hold. Of 18B, exact states are 240 GiB: its moments have 8 bits, and its
+weights no residual.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +51,9 @@ from sartor.step.loss import SumLoss
 GIB = 2**30
 TOKENS, LENGTH = 32768, 4096
 STEPS = 3
-STATE_BYTES, HOST_BYTES = 10, 14
-"""A parameter: residual and moments; with weight and gradient."""
-HOST_SHARE = 0.85
+STATE_BYTES, COMPACT_STATE_BYTES, HOST_BYTES = 10, 2.04, 14
+"""A parameter: residual and moments; moments in 8 bits with their scales; an exact one with its weight and gradient."""
+HOST_SHARE = 0.9
 """Of the main memory that is available, for weights, gradients and state."""
 
 
@@ -65,16 +68,18 @@ class Case:
     micro_batch: int
     """Rows."""
     engine: str = "sartor"
+    compact: bool = False
+    """Not exact: moments in 8 bits, and bfloat16 weights that are rounded by chance, without a residual."""
 
 
 _8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 _18B = {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 92544}
 _1B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
 CASES = [
-    Case("8b", _8B | {"num_hidden_layers": 32}, None, 2, "plain"),
-    Case("8b-24", _8B | {"num_hidden_layers": 32}, 24, 4),
-    Case("18b-24", _18B | {"num_hidden_layers": 48}, 24, 2),
-    Case("largest-24", _8B | {"num_hidden_layers": 0}, 24, 4),
+    Case("8b", _8B | {"num_hidden_layers": 32}, None, 8, "plain"),
+    Case("8b-24", _8B | {"num_hidden_layers": 32}, 24, 8),
+    Case("18b-24", _18B | {"num_hidden_layers": 44}, 24, 2, compact=True),
+    Case("largest-24", _8B | {"num_hidden_layers": 0}, 24, 8),
     Case("1.5b", _1B | {"num_hidden_layers": 28}, None, 2, "plain"),
     Case("1.5b-6", _1B | {"num_hidden_layers": 28}, 6, 2),
     Case("1.5b-6-fsdp2", _1B | {"num_hidden_layers": 28}, 6, 1, "fsdp2"),
@@ -105,24 +110,28 @@ def batches(step: int, micro_batch: int, vocabulary: int) -> tuple[list[TensorBa
 # -- Sartor
 
 
-def fill(parameters: dict[str, nn.Parameter]) -> None:
+def fill(parameters: Mapping[str, nn.Parameter], *, residuals: bool = True) -> None:
     """Random weights of a row, made on the device; their residuals, all zero, in main memory."""
     for parameter in parameters.values():
         values = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
         put(parameter, values.normal_(0, 0.02) if parameter.ndim > 1 else values.fill_(1))
-        setattr(parameter, RESIDUAL, torch.zeros(parameter.shape, dtype=torch.int16))
+        if residuals:
+            setattr(parameter, RESIDUAL, torch.zeros(parameter.shape, dtype=torch.int16))
 
 
 def empty_model(case: Case) -> nn.Module:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return LlamaForCausalLM(config(case)).to(torch.bfloat16)
+        return LlamaForCausalLM._from_config(config(case), dtype=torch.bfloat16)
 
 
-def step_of(model: nn.Module) -> TrainStep:
-    job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
+def step_of(model: nn.Module, case: Case) -> TrainStep:
+    training = {"optimizer": "adamw-8bit" if case.compact else "adamw"}
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full", "training": training})
     precision = Precision.of("bf16-master")
+    if case.compact:
+        precision = replace(Precision.of("bf16"), rounding="stochastic")
     trainable = make_trainable(model, job, precision, recompute=True, seed=0)
     step = make_step(trainable, job, precision, device_kind="cuda")
     step.loss = SumLoss(trainable, device_kind="cpu")  # head and loss in chunks, which need no matrix of all logits
@@ -149,12 +158,13 @@ def table_of(sizes: list[Sizes], folder: str) -> Table:
 def placed(case: Case, folder: str) -> PlacedStep:
     model = empty_model(case)
     rows = find_rows(model)
-    sizes = [
-        Sizes.of(row, state_bytes=STATE_BYTES, gradient_bytes=4 if case.micro_batch * LENGTH < TOKENS else 2) for row in rows
-    ]
+    gradient_bytes = 4 if case.micro_batch * LENGTH < TOKENS and not case.compact else 2
+    state_bytes = COMPACT_STATE_BYTES if case.compact else STATE_BYTES
+    sizes = [Sizes.of(row, state_bytes=state_bytes, gradient_bytes=gradient_bytes) for row in rows]
     table = table_of(sizes, folder)
-    engine = Engine(model, rows, table, {"disk": DiskTier(Path(folder))}, fill=fill, device=torch.device("cuda"))
-    return PlacedStep(step_of(model), engine)
+    made = functools.partial(fill, residuals=not case.compact)
+    engine = Engine(model, rows, table, {"disk": DiskTier(Path(folder))}, fill=made, device=torch.device("cuda"))
+    return PlacedStep(step_of(model, case), engine)
 
 
 def plain(case: Case, folder: str) -> TrainStep:
@@ -162,7 +172,7 @@ def plain(case: Case, folder: str) -> TrainStep:
     fill(dict(model.named_parameters()))
     for parameter in model.parameters():
         setattr(parameter, RESIDUAL, vars(parameter)[RESIDUAL].cuda())
-    return step_of(model.cuda())
+    return step_of(model.cuda(), case)
 
 
 def with_most_layers(case: Case, folder: str) -> Case:

@@ -11,6 +11,7 @@ import torch
 
 from sartor.errors import RunError, StorageError
 from sartor.placement.chunk import Change, Chunk, Gauge, IllegalTransition
+from sartor.placement.pinned import PinnedTier
 from sartor.placement.tiers import DiskTier, Mover, in_memory
 
 
@@ -109,3 +110,47 @@ def test_folders_in_memory_are_known(tmp_path: Path) -> None:
     if Path("/dev/shm").is_dir():
         assert in_memory(Path("/dev/shm"))
     assert in_memory(Path("/proc/self/no-such-folder")) is False
+
+
+class NotedLocks(PinnedTier):
+    """Notes what a driver would be asked to lock and unlock."""
+
+    def __init__(self, *, grants: bool = True) -> None:
+        super().__init__(torch.device("cuda", 0))
+        self.grants, self.locked = grants, dict[int, int]()
+
+    def _page_lock(self, slab: torch.Tensor) -> bool:
+        self.locked[slab.data_ptr()] = slab.nbytes
+        return self.grants
+
+    def _page_unlock(self, slab: torch.Tensor) -> None:
+        del self.locked[slab.data_ptr()]
+
+
+def test_main_memory_is_locked_exactly_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    tier = NotedLocks()
+    first, second = tier.allocate(100_000), tier.allocate(3_000_001)
+    assert sorted(tier.locked.values()) == [100_000, 3_000_001]
+    tier.view(first).fill_(1)
+    tier.view(second).fill_(2)
+    assert int(tier.view(first).sum()) == 100_000
+    tier.free(first)
+    again = tier.allocate(95_000)
+    assert tier.view(again).data_ptr() == tier.view(again).untyped_storage().data_ptr()
+    assert len(tier.locked) == 2, "a little less has the same place"
+    assert tier.view(again).nbytes == 95_000
+    assert tier.used_bytes == 3_095_001
+    tier.free(again)
+    assert not waited
+    third = tier.allocate(50_000)
+    assert waited, "before memory is unlocked, copies of it are over"
+    assert sorted(tier.locked.values()) == [50_000, 3_000_001], "holes that are too large go before more is locked"
+    tier.free(third)
+    tier.close()
+    assert not tier.locked
+    assert tier.cost == ""
+    refused = NotedLocks(grants=False)
+    refused.allocate(1)
+    assert "cudaHostRegister" in refused.cost

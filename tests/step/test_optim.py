@@ -57,8 +57,9 @@ def test_precision_modes() -> None:
 @pytest.mark.parametrize(
     ("job", "kind", "optimizer", "what"),
     [
-        (PrecisionJob(mode="bf16-master"), "cuda", "adamw", "kind cuda"),
+        (PrecisionJob(mode="bf16-master"), "neuron", "adamw", "kind neuron"),
         (PrecisionJob(mode="bf16-master"), "cpu", "sgd", "the job's optimizer is sgd"),
+        (PrecisionJob(mode="bf16-master"), "cuda", "adamw-8bit", "the job's optimizer is adamw-8bit"),
         (PrecisionJob(mode="bf16-master", trained="float32"), "cpu", "adamw", "decides all formats"),
     ],
 )

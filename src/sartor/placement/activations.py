@@ -104,7 +104,7 @@ class Activations:
         live = self._engine.touched(tensor)
         if live is not None:
             return _Weight(tensor, live)
-        row = self.row
+        row = self.row or self._engine.coming_row()  # what is recomputed saves its input before its module is called
         if row is None or row.places.activations == "device" or (tensor.is_leaf and tensor.requires_grad):
             return tensor
         if type(tensor) is not Tensor or tensor.untyped_storage().nbytes() < SMALLEST:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -107,6 +108,8 @@ class Chunk:
         self._regions: list[Region] = []
         self._copies: list[Copy] = []
         self._dirty = False
+        self.gate: Future[None] | None = None
+        """What is changing it where it lives: an update on host cores."""
         self.state = State.FREE
 
     @property
@@ -120,6 +123,7 @@ class Chunk:
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """These tensors, which are on the device, are the chunk's from now on. Each has a storage of its own."""
+        self.pass_gate()
         if self.state in (State.LEAVING, State.COMING):
             self.hold()
         before = self.size if self.here else 0
@@ -179,6 +183,12 @@ class Chunk:
         wanted = tensor.untyped_storage()._cdata
         return next(region for own, region in self.homes() if own.untyped_storage()._cdata == wanted)
 
+    def pass_gate(self) -> None:
+        """Nothing changes it where it lives when this returns."""
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.result()
+
     def make_room(self, size: int) -> None:
         """Wait for what is leaving, until `size` bytes have room or nothing is left to wait for."""
         while (over := self._gauge.over(size)) and self._mover.leaving_bytes:  # what is wanted again has left the list, and stays
@@ -186,8 +196,10 @@ class Chunk:
 
     def fetch(self, *, ahead: bool = False) -> None:
         """Begin to bring it to the device, if it is away. `ahead`: only if there is room now."""
-        if self.state is not State.FREE or (ahead and self._gauge.over(self.size)):
+        changing = self.gate is not None and not self.gate.done()
+        if self.state is not State.FREE or (ahead and (changing or self._gauge.over(self.size))):
             return
+        self.pass_gate()
         self.make_room(self.size)
         try:
             self._allocate()

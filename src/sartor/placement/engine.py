@@ -25,7 +25,7 @@ from sartor.placement.fill import Fill
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.homes import Homes
 from sartor.placement.live import GradientTraffic, LiveRow
-from sartor.placement.streams import StreamMover, Streams, mover_of, numbered, where
+from sartor.placement.streams import Streams, mover_of, numbered, where
 from sartor.placement.tiers import Tier
 from sartor.placement.timeline import Recorder
 from sartor.plan.table import Table
@@ -91,6 +91,7 @@ class Engine:
         is given up, but for gradients that are to be kept for the rest of its update; state moves when the optimizer's keeper is
         told (`StreamedOptimizer.rearranged`)."""
         self.reset(keep_gradients=keep_gradients)
+        self.finish_updates()
         self.table, self._limits = table, (limit, update_limit)
         self.gauge.limit = limit
         self._next.clear()
@@ -114,14 +115,6 @@ class Engine:
         give_back_freed_memory()
         now = self.gauge.limit = self.gauge.device_bytes
         self._limits = tuple(now if limit is None else min(limit, now) for limit in self._limits)
-
-    def settle_on_host(self, rows: Sequence[LiveRow]) -> None:
-        """Before these rows are updated on host cores: their gradients have arrived, and their weights are not on the device."""
-        for live in rows:
-            if live.weights is not None and live.weights.state in (State.HOLD, State.COMING):
-                live.weights.drop()
-        if rows and isinstance(self.mover, StreamMover):
-            self.mover.drain()
 
     @property
     def moving(self) -> list[LiveRow]:
@@ -169,6 +162,7 @@ class Engine:
             handle.remove()
         self._handles.clear()
         self.end_forward()
+        self.finish_updates()
         self.gauge.limit = None
         self.visits.leave()
         for live in self.rows:
@@ -201,6 +195,7 @@ class Engine:
             return
         self._in_forward = False
         self.activations.leave()
+        self.finish_updates()  # a head's weights may be read without a call of their module
 
     def end_forward(self) -> None:
         """Rows that a forward pass began and did not end, since it stopped at the head, are not in use any more."""
@@ -215,6 +210,7 @@ class Engine:
             return
         live.uses += 1
         self.activations.row = live
+        live.finish_update()
         self.tidy((live,))
         if live.weights is not None:
             live.weights.begin()
@@ -234,6 +230,7 @@ class Engine:
         if not live.uses:
             self.activations.row = None
             self._let_go(live)
+            self._await_update(live)
 
     def _let_go(self, live: LiveRow) -> None:
         """Free the weights, unless the same row is expected next."""
@@ -316,6 +313,28 @@ class Engine:
         self.tidy((live, now[1]))
         if now[1] is not live:
             self._expect(*now)
+
+    def coming_row(self) -> LiveRow | None:
+        """Between rows of a forward pass, the one that computes next; where that is not known yet, the next one in order."""
+        if not self._in_forward or self._last is None:
+            return None
+        if self._last in self._next:
+            return self._next[self._last][1]
+        place = self.rows.index(self._last[1]) + 1
+        return self.rows[place] if place < len(self.rows) else None
+
+    def _await_update(self, live: LiveRow) -> None:
+        """All of this row was given to the device. Where the next one was not fetched, since it was being updated on host cores,
+        there is time to wait for that."""
+        _, follower = self._next.get(self._last, ("", live)) if self._last else ("", live)
+        if follower is not live and follower.weights is not None and follower.weights.gate is not None:
+            follower.weights.pass_gate()
+            follower.weights.fetch(ahead=True)
+
+    def finish_updates(self) -> None:
+        """No update on host cores is under way when this returns."""
+        for live in self.rows:
+            live.finish_update()
 
     def tidy(self, wanted: Sequence[LiveRow]) -> None:
         """Free what was fetched for a use that did not come."""

@@ -8,14 +8,16 @@ memory, the twins are the very bytes that are fetched to the device; what lives 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sartor.placement.chunk import Chunk, empty_like, own_storage
+from sartor.placement.chunk import Chunk, State, empty_like, own_storage
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.live import LiveRow
@@ -34,6 +36,11 @@ class HostOptimizer:
         self._twins: dict[nn.Parameter, nn.Parameter] = {}
         self._copies: dict[nn.Parameter, tuple[Region, int]] = {}
         """Of weights that stay on the device: their place in main memory, and their version when both were the same."""
+        self._cores = ThreadPoolExecutor(1, "sartor-update")
+        self._made: set[str] = set()
+        """Rows of which the optimizer keeps something."""
+        self.failed = False
+        """Whether an update broke off: the weights are of no use."""
 
     def adopt(self, rows: Sequence[LiveRow]) -> None:
         """These rows are updated here from now on. What the optimizer keeps of them comes to main memory."""
@@ -62,19 +69,61 @@ class HostOptimizer:
 
     def release(self, rows: Sequence[LiveRow]) -> None:
         """What the optimizer keeps of these rows is where it would have made it."""
-        for parameter in (parameter for live in rows for parameter in live.trained):
-            state = self._given.state.get(parameter, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    state[key] = value.to(parameter.device)
-        if rows:  # puts counters of steps where this optimizer wants them
-            self._given.load_state_dict(self._given.state_dict())
+        of_rows = {parameter for live in rows for parameter in live.trained}
+        for group in self._given.param_groups:
+            counters_too = group.get("fused") or group.get("capturable")
+            for parameter in group["params"]:
+                state = self._given.state.get(parameter, {}) if parameter in of_rows else {}
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and (value.numel() > 1 or counters_too):
+                        state[key] = value.to(parameter.device)
+
+    def begin(self, rows: Sequence[LiveRow]) -> None:
+        """Before a step that updates these rows: their gradients have arrived, their weights are not on the device, and what the
+        optimizer goes by is known here."""
+        self._engine.finish_updates()
+        for live in rows:
+            if live.weights is not None and live.weights.state in (State.HOLD, State.COMING):
+                live.weights.drop()
+        if rows:
+            self._mover.drain()
+        for mine, given in zip(self._own.param_groups, self._given.param_groups, strict=True):
+            mine |= {key: value for key, value in given.items() if key != "params"}
 
     def update(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> None:
         """Of the row's parameters that have gradients."""
-        for mine, given in zip(self._own.param_groups, self._given.param_groups, strict=True):
-            mine |= {key: value for key, value in given.items() if key != "params"}
         with self._weights(live, list(gradients)), self._gradients(live, gradients) as values:
+            self._take(live, values, before)
+        self._made.add(live.name)
+
+    def update_later(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> bool:
+        """The same while the next step's forward pass computes, row after row in the order in which that needs them. False where
+        that cannot be: for what is on disk, and where the optimizer will make its state, for which there may be no memory."""
+        homes = [chunk for chunk in (live.weights, live.gradients) if chunk is not None]
+        away = all(isinstance(gradient, AwayGradient) for gradient in gradients.values())
+        if live.name not in self._made or live.state is not None or not away:
+            return False
+        if not all(isinstance(chunk.tier, HostTier) for chunk in homes):
+            return False
+        weights = self._weights(live, list(gradients))
+        weights.__enter__()
+        with self._gradients(live, gradients) as values:
+            update = self._cores.submit(self._take, live, values, before)
+        for chunk in homes:
+            chunk.gate = update
+
+        def finish() -> None:
+            live.finish_update = lambda: None
+            update.result()
+            weights.__exit__(None, None, None)
+
+        live.finish_update = finish
+        return True
+
+    def _take(self, live: LiveRow, values: dict[nn.Parameter, Tensor], before: Before | None) -> None:
+        """The update, on gradients in main memory."""
+        start = time.perf_counter()
+        try:
             for parameter, value in values.items():
                 twin = self._twins[parameter]
                 twin.grad_dtype = value.dtype
@@ -87,6 +136,10 @@ class HostOptimizer:
                 twin = self._twins[parameter]
                 twin.grad = None
                 self._given.state[parameter] = self._own.state.pop(twin)
+        except BaseException:
+            self.failed = True
+            raise
+        self._engine.recorder.span("update", live.name, start)
 
     # -- twins
 

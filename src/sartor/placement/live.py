@@ -21,6 +21,8 @@ class LiveRow:
         self.row, self.places = row, places
         self.on_host = False
         """Whether it is updated on host cores, since its state is not on the accelerator that computes."""
+        self.finish_update: Callable[[], None] = lambda: None
+        """Waits for its update on host cores, and brings weights that stay on the device."""
         self.weights: Chunk | None = None
         self.gradients: Chunk | None = None
         self.state: Chunk | None = None

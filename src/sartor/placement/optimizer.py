@@ -50,10 +50,10 @@ class StreamedOptimizer:
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._staying: list[nn.Parameter] = []
         self._host = HostOptimizer(engine, optimizer)
+        self._overlap = False
         self._scaled: set[nn.Parameter] = set()
         """Of an update that failed: gradients that stay, and went through `before`."""
-        self.torn = False
-        """Whether an update has failed after it had changed some of the tensors of a row."""
+        self._torn = False
         self.rearranged()
 
     def rearranged(self) -> None:
@@ -73,13 +73,21 @@ class StreamedOptimizer:
         """When the model is not placed any more: what the optimizer keeps is on the device, too."""
         self._host.release(self._on_host)
 
-    def step(self, before: Before | None = None, *, keep_gradients: bool = False) -> None:
+    @property
+    def torn(self) -> bool:
+        """Whether an update has failed after it had changed some of the tensors of a row."""
+        return self._torn or self._host.failed
+
+    def step(self, before: Before | None = None, *, keep_gradients: bool = False, overlap: bool = False) -> None:
         """Update all parameters that have gradients. `before` is called with the gradients of every part of the update.
 
-        `keep_gradients`: for callers that look at them afterwards; else they are let go. Where memory runs out, what is not
-        updated keeps its gradient, and another call goes on with it, unless the update is `torn`. Raises RunError of the tiers.
+        `keep_gradients`: for callers that look at them afterwards; else they are let go. `overlap`: updates on host cores may go
+        on while the next forward pass computes; who looks at weights without one calls `Engine.finish_updates` first. Where
+        memory runs out, what is not updated keeps its gradient, and another call goes on with it, unless the update is `torn`.
+        Raises RunError of the tiers.
         """
         self._engine.visits.leave()
+        self._overlap = overlap
         with self._engine.updating():
             self._step(before, keep_gradients)
         self._scaled.clear()
@@ -91,7 +99,7 @@ class StreamedOptimizer:
             parameter.grad = None
         try:
             rows = [live for live in self._engine.moving if any(p in gradients for p in live.trained)]
-            self._engine.settle_on_host([live for live in rows if live.on_host])
+            self._host.begin([live for live in rows if live.on_host])
             if rows:
                 self._engine.tidy(rows[:1])
                 self._expect(rows[0], gradients)
@@ -119,7 +127,7 @@ class StreamedOptimizer:
         try:
             self.optimizer.step()
         except (RuntimeError, MemoryError):
-            self.torn = self._versions(kept) != versions
+            self._torn = self._versions(kept) != versions
             for parameter, keys in kept.items():
                 state = self.optimizer.state[parameter]
                 for key in set(state) - keys:
@@ -131,7 +139,7 @@ class StreamedOptimizer:
 
     def give_up(self) -> None:
         """An update that failed is not gone on with."""
-        self.torn = False
+        self._torn = False
         self._scaled.clear()
 
     def _versions(self, kept: dict[nn.Parameter, set[str]]) -> list[int]:
@@ -176,24 +184,21 @@ class StreamedOptimizer:
         if _stateless(live) or sliced:  # what the optimizer makes needs room as well
             self._engine.mover.settle()
         own = {p: gradients[p] for p in live.trained if p in gradients}
-        start = time.perf_counter()
+        later = False
         try:
             for chunk in chunks:
                 chunk.begin()
             if follower is not None and not (sliced or _stateless(live) or _stateless(follower)):
                 self._expect(follower, gradients)
             if live.on_host:
-                self.torn = True
-                self._host.update(live, own, before)
-                self.torn = False
-            elif sliced:
-                self._update_sliced(live, own, before)
+                later = self._on_cores(live, own, before)
             else:
-                self._update(own, before)
+                start = time.perf_counter()
+                self._update_sliced(live, own, before) if sliced else self._update(own, before)
+                self._engine.recorder.span("update", live.name, start)
         except (RuntimeError, MemoryError):
             _put_back(chunks)
             raise
-        self._engine.recorder.span("update", live.name, start)
         for chunk in chunks:
             chunk.end()
         if live.gradients is not None and (live.on_host or live.gradients in chunks):
@@ -203,10 +208,18 @@ class StreamedOptimizer:
                 live.gradients.store()
         if live.weights is not None and not live.on_host:
             live.weights.store()
-        self.keep_state(live)
+        if not later:
+            self.keep_state(live)
         for parameter in own:
             del gradients[parameter]
         self._engine.mover.settle(sum(chunk.size for chunk in chunks))
+
+    def _on_cores(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> bool:
+        """Update a row on host cores; whether that still goes on."""
+        if self._overlap and self._host.update_later(live, gradients, before):
+            return True
+        self._host.update(live, gradients, before)
+        return False
 
     def _update_sliced(self, live: LiveRow, gradients: dict[nn.Parameter, Tensor], before: Before | None) -> None:
         assert live.state is not None, "only what is away is updated by slices"
@@ -214,9 +227,9 @@ class StreamedOptimizer:
             live.state.drop()
             self._engine.mover.settle()
         values = {p: g.held if isinstance(g, AwayGradient) else g for p, g in gradients.items()}
-        self.torn = True
+        self._torn = True
         Slices(self.optimizer, self._engine.gauge).update(live.state, values, before, scaled=self._scaled)
-        self.torn = False
+        self._torn = False
 
     def keep_state(self, live: LiveRow) -> None:
         """Send what the optimizer keeps of a row to where it lives."""
@@ -238,6 +251,7 @@ class StreamedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer's own, with copies of what is away: whole in memory."""
+        self._engine.finish_updates()
         copied = self.optimizer.state_dict()
         numbers = {id(p): number for number, p in enumerate(self._parameters)}
         for live in self._engine.moving:
@@ -248,6 +262,7 @@ class StreamedOptimizer:
         return copied
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._engine.finish_updates()
         for live in self._engine.moving:
             if live.state is not None:
                 live.state.forget()

@@ -54,7 +54,7 @@ class PinnedTier(HostTier):
             )
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         pages = mmap.mmap(-1, size)
-        if size >= 2**21:
+        with contextlib.suppress(OSError, AttributeError):  # large pages are locked sooner, where the system has them
             pages.madvise(mmap.MADV_HUGEPAGE)
         slab = torch.frombuffer(pages, dtype=torch.uint8)
         if not self._page_lock(slab):

@@ -18,6 +18,7 @@ from sartor.placement.step import PlacedStep
 
 def save_model(step: PlacedStep, folder: Path) -> None:
     """What `save_pretrained` writes of a whole model: its configuration and `model.safetensors`."""
+    step.engine.finish_updates()
     model: Any = step.model
     model.config.dtype = str(model.dtype).partition(".")[2]
     model.config.architectures = [type(model).__name__]
@@ -33,6 +34,7 @@ def save_model(step: PlacedStep, folder: Path) -> None:
 def load_model(step: PlacedStep, folder: Path) -> None:
     """Give the live model the weights of a folder that `save_model` wrote."""
     files, engine = WeightFiles(folder), step.engine
+    engine.finish_updates()
     engine.end_forward()
     engine.mover.settle()
     names = {id(tensor): name for name, tensor in [*step.model.named_parameters(), *_persistent_buffers(step.model)]}
@@ -52,11 +54,13 @@ def load_model(step: PlacedStep, folder: Path) -> None:
 
 def adapter_state(step: PlacedStep) -> dict[str, Tensor]:
     """What trains, by its names in the model: enough for PEFT to save an adapter, without the weights beside it."""
+    step.engine.finish_updates()
     return {name: parameter for name, parameter in step.model.named_parameters() if parameter.requires_grad}
 
 
 def save_optimizer(step: PlacedStep, path: Path) -> None:
     """The optimizer's state by the parameters' names, `name|key`; one tensor after the other."""
+    step.engine.finish_updates()
     step.engine.visits.leave()
     step.engine.mover.settle()
     tensors = [
@@ -76,6 +80,7 @@ def save_optimizer(step: PlacedStep, path: Path) -> None:
 
 def restore_optimizer(step: PlacedStep, path: Path) -> None:
     """Bring the optimizer's state back, one tensor after the other."""
+    step.engine.finish_updates()
     files = WeightFiles(path)
     keys: dict[str, list[str]] = {}
     for full in files.names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from sartor.kernels.adam import MasterAdamW, norm_of_squares, square_sum
 from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.optimizer import StreamedOptimizer
+from sartor.placement.streams import StreamMover
 from sartor.placement.timeline import Timeline
 from sartor.plan.table import Table
 from sartor.step import TensorBatch, TrainStep
@@ -28,14 +30,24 @@ class PlacedStep(TrainStep):
         self.engine = engine
         self.streamed = StreamedOptimizer(engine, step.optimizer)
         self._coefficient: Tensor | None = None
+        self._updating = False
         self._steps = 0
         self.timeline: Timeline | None = None
         """Of the second step; of the first one where there is no other."""
         if step.model is not engine.model:
             engine.follow(step.model)
 
+    @property
+    def updating(self) -> bool:  # type: ignore[override]
+        """Whether weights are being changed, or were when an update failed, here or later on host cores."""
+        return self._updating or self.streamed.torn
+
+    @updating.setter
+    def updating(self, value: bool) -> None:
+        self._updating = value
+
     def accumulate(self, batches: Sequence[TensorBatch], trained_tokens: int, *, several: bool = False) -> list[Tensor]:
-        if self._steps < RECORDED:
+        if self._steps < RECORDED and not isinstance(self.engine.mover, StreamMover):  # whose host does not see what runs when
             self.engine.recorder.begin()
         return super().accumulate(batches, trained_tokens, several=several)
 
@@ -81,17 +93,12 @@ class PlacedStep(TrainStep):
         total: Tensor = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norms[n]).to(device) for n in order]), 2.0)
         return total
 
-    def _scale(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, MasterAdamW):
-            optimizer.scale = self._coefficient
-        elif self._coefficient is not None and gradients:
-            torch._foreach_mul_(list(gradients), self._coefficient.to(gradients[0].device))
-
     def update(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        coefficient = None if self._coefficient is None else self._coefficient.cpu()
         self.updating = True
-        self.streamed.step(self._scale)
+        self.streamed.step(functools.partial(_scale, coefficient), overlap=True)
         self.updating = False
         self._steps += 1
         self.timeline = self.engine.recorder.end(self._kept_bytes()) or self.timeline
@@ -131,3 +138,11 @@ class PlacedStep(TrainStep):
         self.streamed.give_up()
         self.optimizer.zero_grad(set_to_none=True)
         self.engine.reset()
+
+
+def _scale(coefficient: Tensor | None, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """What clipping asks for, of these gradients or of this optimizer's next step."""
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.scale = coefficient
+    elif coefficient is not None and gradients:
+        torch._foreach_mul_(list(gradients), coefficient.to(gradients[0].device))

@@ -85,16 +85,18 @@ class AcceleratorStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sides = {way: torch.Stream(device) for way in ("in", "out")}
+        self._lock = threading.Lock()  # a stream that is entered remembers in itself, for all threads, what was current before
 
     def mark(self) -> Any:
         return torch.accelerator.current_stream(self._device).record_event()
 
     def copy(self, way: Way, target: Tensor, source: Tensor, after: Any) -> Any:
         side = self._sides[way]
-        side.wait_event(after)
-        with side:
-            target.copy_(source, non_blocking=True)
-        return side.record_event()
+        with self._lock:
+            side.wait_event(after)
+            with side:
+                target.copy_(source, non_blocking=True)
+            return side.record_event()
 
     def wait(self, event: Any) -> None:
         torch.accelerator.current_stream(self._device).wait_event(event)

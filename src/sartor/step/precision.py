@@ -120,9 +120,9 @@ class Precision:
 
 def _check_master(device_kind: str, optimizer: str, *, single: bool) -> None:
     """Raises JobError where masters in two halves are not for this job."""
-    if device_kind != "cpu":
-        why, remedy = f"its optimizer is written for CPUs, this device is of kind {device_kind}", "precision=bf16-mixed"
-    elif optimizer not in _PIECEWISE:
+    if device_kind not in ("cpu", "cuda"):
+        why, remedy = f"its optimizer is for CPUs and CUDA, this device is of kind {device_kind}", "precision=bf16-mixed"
+    elif optimizer not in (_PIECEWISE if device_kind == "cpu" else ("adamw",)):
         why, remedy = f"the residuals belong to AdamW's state, the job's optimizer is {optimizer}", "training.optimizer=adamw"
     elif not single:
         why, remedy = "the mode decides all formats", "the mode alone, without `weights`, `trained` and `compute`"
