@@ -38,7 +38,7 @@ class PlacedStep(TrainStep):
             engine.follow(step.model)
 
     @property
-    def updating(self) -> bool:  # type: ignore[override]
+    def updating(self) -> bool:
         """Whether weights are being changed, or were when an update failed, here or later on host cores."""
         return self._updating or self.streamed.torn
 
