@@ -110,6 +110,14 @@ def test_several_devices_have_layouts_to_choose_from(job: dict[str, Any]) -> Non
     assert plan.time.cost_usd is None or plan.time.cost_usd > 0
 
 
+def test_adapters_in_pipeline_stages_are_split_too(narrow: dict[str, Any]) -> None:
+    pinned = {"pipeline": 2, "micro_batch": 2, "recompute": "none"}
+    plan = sartor.plan({**narrow, "method": "lora", "machine": "4xA10-24GB", "strategy": pinned})
+    everything = [(plan.strategy, ""), *((other.strategy, other.reason) for other in plan.rejected)]
+    assert {strategy.layout.tensor for strategy, _ in everything} == {1, 2}
+    assert not any("split" in reason for _, reason in everything)
+
+
 def test_the_time_of_the_plan_is_of_the_strategy_that_runs(job: dict[str, Any]) -> None:
     """Recomputation costs a forward pass, a second device halves the examples."""
     kept, again = (sartor.plan({**job, "strategy": {"micro_batch": 2, "recompute": name}}) for name in ("none", "full"))

@@ -14,6 +14,8 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ranks import on_ranks
 from sartor.data.pack import IGNORE, collate, fill_rows
@@ -23,16 +25,17 @@ from sartor.job import from_mapping
 from sartor.model import skeleton
 from sartor.model.build import _from_config
 from sartor.model.regions import Reduction
-from sartor.parallel import Layout
+from sartor.parallel import Layout, parallelise_stage
 from sartor.parallel.pipeline import Stage, cut, layers_of_stages, of_one_shape
 from sartor.predict import Ledger, StorageTracker, stages
 from sartor.predict.repeat import expand
 from sartor.predict.stages import trace_stages
-from sartor.predict.world import wrappers_watched
+from sartor.predict.world import make_mesh, wrappers_watched
 from sartor.step import Precision, SumLoss, TensorBatch
 from sartor.step.step import enable_recompute
 
 from .plain import adamw
+from .plain_tensor import plain_plan
 from .test_repeat import batches, source
 from .test_sharded import CPU, lora
 
@@ -50,6 +53,8 @@ class PlainStage(nn.Module):
         super().__init__()
         self.llama: Any = model
         self.first, self.last, self.kept, self.mixed = index == 0, index == stages - 1, kept, mixed
+        self.tokens: Any = None
+        """The mesh whose ranks have a part of the tokens each."""
         base = self.llama.model
         self.numbers = [int(at) for at in np.array_split(np.arange(len(base.layers)), stages)[index]]
         base.layers = nn.ModuleList([base.layers[at] for at in self.numbers])
@@ -60,11 +65,14 @@ class PlainStage(nn.Module):
             base.norm, self.llama.lm_head = nn.Identity(), None
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
+        if self.tokens is not None and not self.first:
+            given = DTensor.from_local(given, self.tokens, [Shard(1)], run_check=False)
         inputs = {"input_ids" if self.first else "inputs_embeds": given, "use_cache": False}
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mixed):
             if self.last:
                 return self.llama(**inputs, logits_to_keep=self.kept).logits  # type: ignore[no-any-return]
-            return self.llama.model(**inputs).last_hidden_state  # type: ignore[no-any-return]
+            hidden = self.llama.model(**inputs).last_hidden_state
+            return hidden.to_local() if isinstance(hidden, DTensor) else hidden  # type: ignore[no-any-return]
 
 
 def fill(model: Any, numbers: list[int] | range) -> None:
@@ -73,7 +81,11 @@ def fill(model: Any, numbers: list[int] | range) -> None:
     for name, parameter in model.named_parameters():
         name = re.sub(r"layers\.(\d+)", lambda found: f"layers.{numbers[int(found[1])]}", name)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        nn.init.normal_(getattr(parameter, "_local_tensor", parameter), std=0.1, generator=generator)
+        values = torch.empty(parameter.shape).normal_(std=0.1, generator=generator)
+        if isinstance(parameter, DTensor):
+            values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.copy_(values)
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -85,7 +97,8 @@ def build(case: dict[str, Any], rank: int, kept: torch.Tensor) -> PlainStage:
     """On the meta device."""
     adapter, mixed = case["method"] == "lora", case["mode"] == "bf16-mixed"
     model = skeleton(source("llama"), dtype=torch.bfloat16 if adapter and mixed else torch.float32).train()
-    stage = PlainStage(model, rank // case["shard"], case["stages"], kept, mixed=mixed and case["shard"] == 1)
+    width = case["shard"] * case["tensor"]
+    stage = PlainStage(model, rank // width, case["stages"], kept, mixed=mixed and case["shard"] == 1)
     if adapter:
         with torch.device("meta"):
             lora(stage.llama)
@@ -108,10 +121,13 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    sizes = (case["stages"], case["shard"])
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("stages", "shard"))
+    sizes = (case["stages"], case["shard"], case["tensor"])
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("stages", "shard", "tensor"))
     given = [TensorBatch.of(batch, "cpu") for batch in batches(MICRO_BATCHES)]
     module = build(case, rank, given[0].kept_K)
+    if case["tensor"] > 1:
+        plain_plan(module.llama, mesh["tensor"], sequence=True, adapter=case["method"] == "lora")
+        module.tokens = mesh["tensor"]
     if case["shard"] > 1:
         shard(module, mesh["shard"])
     tracker, losses, told = StorageTracker(), list[torch.Tensor](), list[float]()
@@ -123,7 +139,7 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             tracker.see(tensor)
         trained, optimizer = adamw(module)
         stage = PipelineStage(
-            module, rank // case["shard"], case["stages"], torch.device("cpu"), group=mesh["stages"].get_group()
+            module, mesh["stages"].get_local_rank(), case["stages"], torch.device("cpu"), group=mesh["stages"].get_group()
         )
         kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[case["schedule"]]
         schedule = kind(stage, MICRO_BATCHES, loss_fn=functools.partial(loss_of, kept=module.kept), scale_grads=False)
@@ -142,7 +158,8 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def forecast(case: dict[str, Any]) -> dict[int, Ledger]:
-    layout = Layout(pipeline=case["stages"], shard=case["shard"], schedule=case["schedule"])
+    tensor = case["tensor"]
+    layout = Layout(pipeline=case["stages"], shard=case["shard"], tensor=tensor, sequence=tensor > 1, schedule=case["schedule"])
     return dict(
         trace_stages(
             from_mapping({**UNFUSED, "method": case["method"]}),
@@ -166,13 +183,22 @@ def plain_loss() -> float:
         return float(SumLoss(model)(model, TensorBatch.of(batches(1)[0], "cpu")))
 
 
-COMMON: dict[str, Any] = {"stages": 2, "shard": 1, "schedule": "1f1b", "method": "full", "mode": "float32", "recompute": False}
+COMMON: dict[str, Any] = {
+    "stages": 2,
+    "shard": 1,
+    "tensor": 1,
+    "schedule": "1f1b",
+    "method": "full",
+    "mode": "float32",
+    "recompute": False,
+}
 CASES = [
     COMMON,
     {**COMMON, "schedule": "gpipe", "mode": "bf16-mixed", "recompute": True},
     {**COMMON, "stages": 4},
     {**COMMON, "method": "lora", "mode": "bf16-mixed"},
     {**COMMON, "shard": 2, "mode": "bf16-mixed"},
+    {**COMMON, "tensor": 2, "method": "lora", "mode": "bf16-mixed"},
 ]
 
 
@@ -180,7 +206,7 @@ CASES = [
 def test_each_stage_counts_what_was_forecast(case: dict[str, Any]) -> None:
     """Gloo holds one sent hidden state longer than the forecast does: that is the difference on some stages."""
     ledgers = forecast(case)
-    records = on_ranks(case["stages"] * case["shard"], worker, case)
+    records = on_ranks(case["stages"] * case["shard"] * case["tensor"], worker, case)
     for rank, ledger in ledgers.items():
         assert ledger.peak().total_bytes == pytest.approx(records[rank]["bytes"], rel=0.01)
     if case["mode"] == "float32":
@@ -240,14 +266,19 @@ def test_one_middle_stage_stands_for_those_like_it() -> None:
     assert [rank for rank, _ in traced] == [0, 2, 8]
 
 
-def chained_loss(kind: str, count: int, batch: TensorBatch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Stages of one model after each other in one process: the loss, and gradients by the names of the whole model."""
+def chained_loss(
+    kind: str, count: int, batch: TensorBatch, mesh: DeviceMesh | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Stages of one model after each other: the loss, and gradients by the names of the whole model. In one process, or each of
+    them on the tensor parallel ranks of a mesh, which share the tokens."""
     hidden: Any = batch.input_ids_RT
     gradients: dict[str, torch.Tensor] = {}
     made = []
     for index, share in enumerate(layers_of_stages(source(kind).config.num_hidden_layers, count)):
         model = real(kind)
         stage = Stage(model, cut(model, index, count), index, count, precision=Precision.of("float32"), device_kind="cpu")
+        if mesh is not None:
+            parallelise_stage(stage, mesh, Layout(tensor=mesh["tensor"].size(), sequence=True))
         hidden = stage(hidden, position_ids_RT=batch.position_ids_RT, **({"kept_K": batch.kept_K} if stage.is_last else {}))
         made.append((model, share))
     loss = F.cross_entropy(
@@ -259,7 +290,7 @@ def chained_loss(kind: str, count: int, batch: TensorBatch) -> tuple[float, dict
             whole = re.sub(r"layers\.(\d+)", lambda found, share=share: f"layers.{share[int(found[1])]}", name)
             assert parameter.grad is not None
             assert whole not in gradients
-            gradients[whole] = parameter.grad
+            gradients[whole] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
     return float(loss.detach()), gradients
 
 
@@ -271,12 +302,24 @@ def real(kind: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "count"), [("llama", 3), ("gemma3_text", 4), ("qwen3_moe", 2)])
 def test_stages_after_each_other_are_the_model(kind: str, count: int) -> None:
+    compare_stages(kind, count, None)
+
+
+def test_tensor_parallel_stages_after_each_other_are_the_model() -> None:
+    on_ranks(2, compare_split_stages)
+
+
+def compare_split_stages(rank: int) -> None:
+    compare_stages("qwen3_moe", 2, make_mesh(Layout(tensor=2), "cpu"))
+
+
+def compare_stages(kind: str, count: int, mesh: DeviceMesh | None) -> None:
     packed = dataclasses.replace(batches(1)[0], position_ids_RT=np.tile(np.arange(60) % 23, (3, 1)))
     batch = TensorBatch.of(packed, "cpu")
     model = real(kind)
     loss = SumLoss(model)(model, batch)
     loss.backward()
-    chained, gradients = chained_loss(kind, count, batch)
+    chained, gradients = chained_loss(kind, count, batch, mesh)
     assert chained == pytest.approx(float(loss.detach()), rel=1e-5)
     wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     if getattr(model.config, "tie_word_embeddings", False):  # on both ends: the sum of both is the gradient
@@ -314,7 +357,7 @@ def test_micro_batches_of_one_shape_have_the_same_loss(packing: bool) -> None:
     [
         ("llama", {}, {"pipeline": 12}, "12 pipeline stages for 11 layers"),
         ("llama", {}, {"pipeline": 5}, "4 micro-batches a step for 5 pipeline stages"),
-        ("llama", {}, {"pipeline": 2, "tensor": 2}, "tensor parallelism in pipeline"),
+        ("llama", {}, {"pipeline": 2, "context": 2}, "context parallelism in pipeline"),
         ("llama", {"method": "prefix"}, {"pipeline": 2}, "prefix cannot be cut"),
         ("llama", {"training": {"loss": "hf"}}, {"pipeline": 2}, "Sartor's loss only"),
         ("gpt2", {}, {"pipeline": 2}, "GPT2LMHeadModel cannot be cut"),

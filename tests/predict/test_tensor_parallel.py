@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,58 +19,24 @@ from ranks import on_ranks
 from sartor.data.pack import IGNORE
 from sartor.errors import JobError
 from sartor.job import from_mapping
-from sartor.model import skeleton
+from sartor.model import ModelSource, skeleton
 from sartor.parallel import Layout, parallelise
 from sartor.predict import StorageTracker, whole
 from sartor.predict.tracker import OUTSIDE
 from sartor.predict.whole import trace_job
 from sartor.predict.world import fake_world, make_mesh, wrappers_watched
-from sartor.step import Precision, TensorBatch, make_step
+from sartor.step import Precision, TensorBatch, make_step, make_trainable
 
 from .plain import adamw, fill, least_peak, refusal
-from .test_repeat import COMMON, batches, source
-from .test_sharded import CPU
+from .plain_tensor import plain_plan
+from .test_repeat import COMMON, SMALL, batches, source
+from .test_sharded import CPU, lora
 
 STEPS = 3
-LLAMA = {"num_key_value_heads": 4, "num_hidden_layers": 6}
-
-
-def plain_plan(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> None:
-    """Llama under tensor parallelism in plain PyTorch, after torchtitan."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_module
-    from torch.distributed.tensor import parallel as tp
-
-    whole, tokens = Replicate(), Shard(1)
-    stream: dict[str, Any] = {"output_layouts": tokens, "use_local_output": False} if sequence else {}
-    plan: dict[str, Any] = {
-        "model.embed_tokens": tp.RowwiseParallel(input_layouts=whole, **stream),
-        "lm_head": tp.ColwiseParallel(output_layouts=whole),
-        **{f"model.layers.*.self_attn.{name}_proj": tp.ColwiseParallel() for name in "qkv"},
-        **{f"model.layers.*.mlp.{name}_proj": tp.ColwiseParallel() for name in ("gate", "up")},
-        "model.layers.*.self_attn.o_proj": tp.RowwiseParallel(**stream),
-        "model.layers.*.mlp.down_proj": tp.RowwiseParallel(**stream),
-    }
-    norms = ["model.norm", "model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm"]
-    if sequence:
-        plan |= dict.fromkeys(norms, tp.SequenceParallel())
-        plan["model.layers.*.self_attn"] = tp.PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": tokens}, desired_input_kwarg_layouts={"hidden_states": whole}
-        )
-        plan["model.layers.*.mlp"] = tp.PrepareModuleInput(input_layouts=tokens, desired_input_layouts=whole)
-    else:
-        for module in model.modules():
-            if type(module).__name__ == "LlamaRMSNorm":
-                distribute_module(module, mesh)
-        plan |= dict.fromkeys(
-            norms,
-            tp.PrepareModuleInputOutput(
-                input_layouts=whole, desired_input_layouts=whole, output_layouts=whole, desired_output_layouts=whole
-            ),
-        )
-    tp.parallelize_module(model, mesh, plan)
-    if sequence:
-        gathered = tp.PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=whole)
-        tp.parallelize_module(model, mesh, {"model.norm": gathered})
+SHORT: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2},
+    "mixtral": {**COMMON, "intermediate_size": 160, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4},
+}
 
 
 def measured_peak(case: dict[str, Any]) -> int:
@@ -80,15 +46,19 @@ def measured_peak(case: dict[str, Any]) -> int:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mixed, shard = case["mode"] == "bf16-mixed", case.get("shard", 1)
-    model = skeleton(source("llama", **LLAMA), dtype=torch.float32).train()
+    mixed, shard, adapter = case["mode"] == "bf16-mixed", case["shard"], case["method"] == "lora"
+    model = skeleton(short(case["kind"]), dtype=torch.bfloat16 if mixed and adapter else torch.float32).train()
+    layers = model.get_submodule("model.layers")
+    if adapter:
+        with torch.device("meta"):
+            lora(model)
     if case["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh("cpu", (shard, case["tensor"]), mesh_dim_names=("data", "model"))
-    plain_plan(model, mesh["model"], sequence=case["sequence"])
+    plain_plan(model, mesh["model"], sequence=case["sequence"], adapter=adapter)
     if shard > 1:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
-        for layer in model.get_submodule("model.layers"):
+        for layer in layers:
             fully_shard(layer, mesh=mesh["data"], mp_policy=policy)
         fully_shard(model, mesh=mesh["data"], mp_policy=policy)
     autocast = torch.autocast("cpu", torch.bfloat16) if mixed and shard == 1 else contextlib.nullcontext()
@@ -109,6 +79,7 @@ def measured_peak(case: dict[str, Any]) -> int:
                     loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
                 del logits
                 (loss / 100).backward()
+                del loss  # which keeps what checkpoints of frozen layers were given
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -116,8 +87,13 @@ def measured_peak(case: dict[str, Any]) -> int:
     return least_peak(tracker, STEPS)
 
 
-def case(mode: str, **changes: Any) -> dict[str, Any]:
-    return {"mode": mode, "tensor": 2, "sequence": False, "recompute": False, "micro_batches": 1, **changes}
+def short(kind: str) -> ModelSource:
+    return ModelSource(path=kind, config=AutoConfig.for_model(kind, **{**SMALL.get(kind, {}), **SHORT[kind]}), has_weights=False)
+
+
+def case(mode: str, kind: str = "llama", method: str = "full", **changes: Any) -> dict[str, Any]:
+    options = {"tensor": 2, "shard": 1, "sequence": False, "recompute": False, "micro_batches": 1, **changes}
+    return {"mode": mode, "kind": kind, "method": method, **options}
 
 
 CASES = {
@@ -126,16 +102,19 @@ CASES = {
         case("bf16-mixed", recompute=True, micro_batches=2),
         case("float32", sequence=True),
         case("bf16-mixed", sequence=True, recompute=True, micro_batches=2),
+        case("bf16-mixed", method="lora", sequence=True, micro_batches=2),
+        case("float32", "mixtral"),
     ],
     4: [
-        case("float32", tensor=4, micro_batches=2),
-        case("bf16-mixed", shard=2),
         case("float32", shard=2, sequence=True, recompute=True),
+        case("bf16-mixed", method="lora", shard=2, sequence=True),
+        case("bf16-mixed", "mixtral", shard=2),
     ],
 }
 
 
-SMALL = {**COMMON, "intermediate_size": 160, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+TINY = {**COMMON, "intermediate_size": 160, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 KINDS = {
     "llama": {"vocab_size": 321},  # parts of different size
     "qwen3": {},  # norms of the split heads
@@ -143,6 +122,11 @@ KINDS = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},  # gathers inside
     "olmo2": {},  # norms behind attention and MLP, and of all heads at once
     "gpt_neox": {},  # attention and MLP side by side; queries, keys and values in one layer
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2},  # dense layers, shared experts
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+}
+WITHOUT_SEQUENCE = {  # attention is whole on every rank, and its tokens are
+    "deepseek_v3": {**SMALL["deepseek_v3"], "num_hidden_layers": 2, "first_k_dense_replace": 1, "head_dim": 8},
 }
 
 
@@ -168,12 +152,13 @@ def tensor_batch(ids: Tensor, ends: list[int], places: Tensor | None) -> TensorB
     )
 
 
-def figures(kind: str, layout: Layout, mesh: DeviceMesh | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def figures(kind: str, method: str, layout: Layout, mesh: DeviceMesh | None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Of two steps: losses and norms of the gradient; and the first step's gradient."""
-    job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
+    job = from_mapping({"model": "unused", "data": "unused", "method": method})
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SMALL, **KINDS[kind]})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
+    config = AutoConfig.for_model(kind, **{**TINY, **(KINDS | WITHOUT_SEQUENCE)[kind]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = make_trainable(model, job, Precision.of("float32"), recompute=False, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.1
@@ -190,20 +175,33 @@ def figures(kind: str, layout: Layout, mesh: DeviceMesh | None) -> tuple[list[fl
     return told, gradient
 
 
+@functools.cache
+def figures_alone(kind: str, method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Of one process."""
+    return figures(kind, method, Layout(), None)
+
+
 def _whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
 COMPARED = {
-    2: [(kind, Layout(tensor=2, sequence=sequence)) for kind in KINDS for sequence in (False, True)],
-    4: [("llama", Layout(tensor=2, shard=2, sequence=True)), ("gemma3_text", Layout(tensor=2, shard=2))],
+    2: [
+        *((kind, "full", Layout(tensor=2, sequence=sequence)) for kind in KINDS for sequence in (False, True)),
+        *((kind, "full", Layout(tensor=2)) for kind in WITHOUT_SEQUENCE),
+        *((kind, "lora", Layout(tensor=2, sequence=sequence)) for kind in ("phi3", "qwen2_moe") for sequence in (False, True)),
+    ],
+    4: [
+        ("llama", "full", Layout(tensor=2, shard=2, sequence=True)),
+        ("llama", "lora", Layout(tensor=2, shard=2, sequence=True)),
+    ],
 }
 
 
-def distance(kind: str, layout: Layout) -> float:
+def distance(kind: str, method: str, layout: Layout) -> float:
     """How far the ranks are from one process, relative to what that one computes; of gradients, to their largest element."""
-    alone, gradient = figures(kind, Layout(), None)
-    together, parts = figures(kind, layout, make_mesh(layout, "cpu"))
+    alone, gradient = figures_alone(kind, method)
+    together, parts = figures(kind, method, layout, make_mesh(layout, "cpu"))
     assert gradient.keys() == parts.keys()
     largest = max(float(value.abs().max()) for value in gradient.values())
     gaps = [float((gradient[name] - parts[name]).abs().max()) / largest for name in gradient]
@@ -212,7 +210,7 @@ def distance(kind: str, layout: Layout) -> float:
 
 def work(rank: int, world: int) -> tuple[list[int], list[float]]:
     """One rank: the peak of every case, and how far every comparison is off."""
-    return [measured_peak(case) for case in CASES[world]], [distance(kind, layout) for kind, layout in COMPARED[world]]
+    return [measured_peak(case) for case in CASES[world]], [distance(*compared) for compared in COMPARED[world]]
 
 
 @functools.cache
@@ -229,14 +227,14 @@ def measured(world: int) -> list[tuple[list[int], list[float]]]:
 def test_each_rank_counts_what_was_forecast(world: int, number: int) -> None:
     case = CASES[world][number]
     ledger = trace_job(
-        from_mapping({"model": "unused", "data": "unused", "method": "full"}),
-        source("llama", **LLAMA),
+        from_mapping({"model": "unused", "data": "unused", "method": case["method"]}),
+        short(case["kind"]),
         batches(case["micro_batches"]),
         CPU,
         precision=Precision.of(case["mode"]),
         recompute=case["recompute"],
         attention=None,
-        layout=Layout(tensor=case["tensor"], shard=case.get("shard", 1), sequence=case["sequence"]),
+        layout=Layout(tensor=case["tensor"], shard=case["shard"], sequence=case["sequence"]),
     )
     forecast = ledger.peak().total_bytes
     for peaks, _ in measured(world):
@@ -254,6 +252,10 @@ def test_ranks_compute_what_one_process_computes(world: int, number: int) -> Non
         assert distances[number] < 1e-4
 
 
+def tiny(kind: str) -> ModelSource:
+    return ModelSource(path=kind, config=AutoConfig.for_model(kind, **TINY), has_weights=False)
+
+
 def refused(kind: str, layout: Layout, *, method: str = "full", **sizes: Any) -> JobError:
     return refusal(source(kind, **sizes), layout, CPU, method=method)
 
@@ -263,8 +265,16 @@ def test_what_cannot_be_split_says_why() -> None:
     assert "num_key_value_heads (2) does not divide by 4" in heads.why
     assert heads.remedy == "strategy.tensor=2"
     assert "has no tensor parallel plan" in refused("gpt2", Layout(tensor=2)).why
-    assert "packed_colwise" in refused("qwen3_moe", Layout(tensor=2)).why
-    assert "adapters are not split" in refused("llama", Layout(tensor=2), method="lora").what
+    experts = refused("qwen3_moe", Layout(tensor=4), num_key_value_heads=4, moe_intermediate_size=34)
+    assert "inner width of model.layers.0.mlp.experts (34) does not divide by 4" in experts.why
+    assert "mla_kv_a_proj" in refusal(tiny("deepseek_v2"), Layout(tensor=2), CPU).why
+    assert "model.layers.0.self_attn does not end" in refused("deepseek_v3", Layout(tensor=2, sequence=True)).why
+    assert "tokens of its own" in refused("llama", Layout(tensor=2), method="prompt").why
+    assert "mlp.gate is not plain LoRA" in refusal(short("mixtral"), Layout(tensor=2), CPU, method="lora").why
+    peft = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    assert "k_proj is not plain LoRA" in refusal(source("llama"), Layout(tensor=2), CPU, method="peft", peft=peft).why
+    dora = {"peft_type": "LORA", "use_dora": True, "target_modules": ["o_proj"]}
+    assert "o_proj is not plain LoRA" in refusal(source("llama"), Layout(tensor=2), CPU, method="peft", peft=dora).why
 
 
 def test_a_block_that_is_split_in_part() -> None:

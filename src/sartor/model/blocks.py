@@ -117,4 +117,5 @@ def _is_tied(model: nn.Module) -> bool:
     embeddings, head = _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
     if embeddings is None or head is None:
         return False
-    return getattr(embeddings, "weight", None) is getattr(head, "weight", None)
+    weight = getattr(embeddings, "weight", None)
+    return weight is not None and weight is getattr(head, "weight", None)

@@ -11,6 +11,8 @@ from sartor.parallel.layout import Layout
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from sartor.parallel.pipeline import Stage
+
 
 def parallelise(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """`model` with the layout's wrappers, in place. Raises JobError for what is not supported."""
@@ -28,3 +30,18 @@ def parallelise(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module
 
         shard(model, mesh, layout)
     return model
+
+
+def parallelise_stage(stage: Stage, mesh: DeviceMesh, layout: Layout) -> Stage:
+    """A pipeline stage with the layout's other wrappers, in place. Raises JobError for what is not supported."""
+    if layout.sequence:
+        stage.share_tokens(mesh["tensor"])
+    if layout.tensor > 1:
+        from sartor.parallel.tensor import split
+
+        split(stage.model, mesh, layout)
+    if layout.wrapped:
+        from sartor.parallel.fsdp import shard
+
+        shard(stage, mesh, layout)
+    return stage

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.data.pack import IGNORE, Batch
@@ -25,6 +27,7 @@ from sartor.errors import JobError
 from sartor.model import dissect
 from sartor.model.regions import keep_layers
 from sartor.parallel.layout import Layout
+from sartor.parallel.styles import TOKENS
 from sartor.step import Precision, TensorBatch, TrainStep
 
 WHOLE = "strategy.pipeline=1"
@@ -144,6 +147,7 @@ class Stage(nn.Module):
         self.model, self.index, self.stages = model, index, stages
         self._owner = next(path for path, module in self.named_modules() if module is owner)
         self._precision, self._device_kind = precision, device_kind
+        self._sharing: DeviceMesh | None = None
 
     @property
     def is_first(self) -> bool:
@@ -153,15 +157,22 @@ class Stage(nn.Module):
     def is_last(self) -> bool:
         return self.index == self.stages - 1
 
+    def share_tokens(self, mesh: DeviceMesh) -> None:
+        """Between stages, hidden states are split over the tokens: a tensor parallel rank gets and sends its own only, of rows
+        that divide by the ranks."""
+        self._sharing = mesh
+
     def forward(self, given: Tensor, *, position_ids_RT: Tensor | None = None, kept_K: Tensor | None = None) -> Tensor:
         """`given`: ids [R, T] or hidden states [R, T, H]; the result is [R, K, V] or [R, T, H]."""
+        if self._sharing is not None and not self.is_first:
+            given = DTensor.from_local(given, self._sharing, [TOKENS], run_check=False)
         inputs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": given, "use_cache": False}
         if position_ids_RT is not None:
             inputs["position_ids"] = position_ids_RT
         with self._precision.autocast(self._device_kind):
             if not self.is_last:
                 hidden_RTH: Tensor = self.get_submodule(self._owner)(**inputs).last_hidden_state
-                return hidden_RTH
+                return hidden_RTH.to_local() if isinstance(hidden_RTH, DTensor) else hidden_RTH
             logits_RKV: Tensor = self.model(**inputs, logits_to_keep=kept_K).logits
             return logits_RKV
 
@@ -233,10 +244,13 @@ def check_schedule(layout: Layout, micro_batches: int) -> None:
         )
 
 
-def of_one_shape(batches: Sequence[Batch]) -> list[Batch]:
-    """The micro-batches padded to the most rows and the longest row: a pipeline's buffers have one shape."""
+def of_one_shape(batches: Sequence[Batch], layout: Layout | None = None) -> list[Batch]:
+    """The micro-batches padded to the most rows and the longest row: a pipeline's buffers have one shape. Where the layout splits
+    the tokens, they divide by its ranks."""
+    ranks = layout.tensor if layout is not None and layout.sequence else 1
     rows = max(batch.input_ids_RT.shape[0] for batch in batches)
     width = max(batch.input_ids_RT.shape[1] for batch in batches)
+    width += -width % ranks
     return [_padded(batch, rows, width) for batch in batches]
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from sartor.errors import JobError
 from sartor.job.units import format_bytes, format_seconds
+from sartor.methods import apply
 from sartor.model import skeleton
 from sartor.model.regions import reduce_depth
 from sartor.parallel import Layout
-from sartor.parallel.tensor import check_split, refuse_adapters
+from sartor.parallel.tensor import check_split
 from sartor.plan.estimate import Estimator
 from sartor.plan.forecast import forecast_of
 from sartor.plan.partial import FITS, fewest, guess
@@ -32,6 +33,7 @@ from sartor.predict.ledger import Ledger
 from sartor.predict.shapes import NotComparable
 from sartor.predict.time import TimeForecast
 from sartor.predict.verdict import TIGHT_SHARE
+from sartor.predict.whole import treats_layers_alike
 
 HOPELESS = 1.02
 """A candidate whose estimate is so many times what there is is not forecast. Estimates are of tensors alone: of those compared,
@@ -111,12 +113,13 @@ def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strate
     if setting.job.strategy.tensor != "auto" or all(strategy.layout.tensor == 1 for strategy in strategies):
         return strategies, []
     model = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
-    reduce_depth(model)
+    if treats_layers_alike(setting.job):
+        reduce_depth(model)
+    model = apply(model, setting.job, meta=True, kind=setting.machine.device.kind)
 
     @cache
     def reason(layout: Layout) -> str:
         try:
-            refuse_adapters(setting.method.adapter)
             check_split(model, layout)
         except JobError as error:
             return str(error)

@@ -20,7 +20,7 @@ from sartor.methods import traits
 from sartor.methods.adapters import peft_config
 from sartor.model import ModelSource, choose_recomputed, dissect, skeleton
 from sartor.model.regions import Reduction, reduce_depth, signature
-from sartor.parallel import Layout
+from sartor.parallel import Layout, parallelise_stage
 from sartor.parallel.pipeline import WHOLE, PipelineStep, Stage, check_schedule, cut, layers_of_stages, of_one_shape
 from sartor.predict.ledger import Ledger
 from sartor.predict.repeat import NotRepeatable, expand
@@ -51,9 +51,8 @@ def trace_stages(
     check(job, layout, len(batches))
     if layout.data > 1:
         layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
-    tracing = _Tracing(
-        job, source, of_one_shape(batches), target, precision=precision, recompute=recompute, attention=attention, layout=layout
-    )
+    padded = of_one_shape(batches, layout)
+    tracing = _Tracing(job, source, padded, target, precision=precision, recompute=recompute, attention=attention, layout=layout)
     tracing.recomputed = recomputed
     stages = range(layout.pipeline) if every else tracing.distinct_stages()
     return [(index * (layout.devices // layout.pipeline), tracing.ledger(index)) for index in stages]
@@ -62,8 +61,6 @@ def trace_stages(
 def check(job: Job, layout: Layout, micro_batches: int) -> None:
     """Raises JobError for what is not supported with a pipeline."""
     check_schedule(layout, micro_batches)
-    if layout.tensor > 1:
-        raise JobError("tensor parallelism in pipeline stages is not forecast yet", remedy=f"strategy.tensor=1, or {WHOLE}")
     if layout.context > 1:
         raise JobError("context parallelism in pipeline stages is not forecast yet", remedy=f"strategy.context=1, or {WHOLE}")
     if traits(job).adapter and peft_config(job, meta=True).is_prompt_learning:
@@ -133,10 +130,7 @@ class _Tracing:
         reduction = reduce_depth(model) if shortened else Reduction()
         model = make_trainable(model, self.job, self.precision, recompute=self.recompute, meta=True, kind=self.target.kind)
         stage = Stage(model, owner, index, self.layout.pipeline, precision=self.precision, device_kind="cpu")
-        if self.layout.data > 1:
-            from sartor.parallel.fsdp import shard
-
-            shard(stage, mesh, self.layout)
+        parallelise_stage(stage, mesh, self.layout)
 
         def step_of(fake: Any) -> PipelineStep:
             made = PipelineStep(
