@@ -21,19 +21,20 @@ ORDER = BatchOrder(examples=len(LENGTHS), global_batch=8, epochs=1, max_steps=No
 
 def sampled(**changes: Any) -> Any:
     given: dict[str, Any] = {"capacity": 100, "packing": False, "micro_batch": 1} | changes
-    return sample_workload(SimpleNamespace(lengths=LENGTHS), ORDER, **given)  # type: ignore[arg-type]
+    return sample_workload(SimpleNamespace(lengths=LENGTHS, trained_counts=LENGTHS - 1), ORDER, **given)  # type: ignore[arg-type]
 
 
 def test_what_a_step_holds_on_average() -> None:
     alone = sampled()
     assert alone.micro_batches == alone.sequences == 8
-    assert alone.tokens == 8 * alone.positions == LENGTHS.sum() / 4
+    assert alone.tokens == 8 * alone.average.positions == LENGTHS.sum() / 4
     assert LENGTHS[alone.typical[0][0]] == 30, "nearest to 40"
     together = sampled(micro_batch=8)
     assert together.micro_batches == 1
-    assert 8 * 30 <= together.positions <= 8 * 100, "padded to the longest of each step"
+    assert together.average.trained == LENGTHS.sum() / 4 - 8 == 8 * alone.average.trained
+    assert 8 * 30 <= together.average.positions <= 8 * 100, "padded to the longest of each step"
     assert sampled(micro_batch=1, data_ranks=3).micro_batches == 3
-    assert sampled(packing=True, micro_batch=8).positions < together.positions
+    assert sampled(packing=True, micro_batch=8).average.positions < together.average.positions
 
 
 def test_short_examples_take_less_than_long_ones(tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def row_width(samples: TokenSet, row: Sequence[int], *, share: bool = False) -> 
     return sum(int(samples.lengths[index]) for index in row) - (spared_tokens(samples, row) if share else 0)
 
 
+def group_width(samples: TokenSet, rows: Sequence[Sequence[int]], *, packing: bool, share: bool = False) -> int:
+    """Positions of each row of a micro-batch, as `collate` lays it."""
+    width = max(row_width(samples, row, share=share) for row in rows)
+    return rounded(width) if packing and len(rows) == 1 else width
+
+
 def _segments(samples: TokenSet, row: Sequence[int], *, share: bool) -> Iterator[tuple[int, int, int, int]]:
     """What lies in a row, one after the other: the example it is of, its first and last token there, and the number of the
     segment that it continues, or -1."""

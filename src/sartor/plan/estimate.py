@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import torch
+
+from sartor.kernels.attend import LONGEST, suits
 from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.model import dissect, skeleton
 from sartor.parallel import Layout
@@ -13,8 +16,9 @@ from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.plan.timing import Timing
 from sartor.predict import count_trained
+from sartor.predict.contents import Contents, Scores
 from sartor.predict.operations import Group, Operation, Operations, Segment
-from sartor.predict.shapes import Shape, blank_batch
+from sartor.predict.shapes import Shape, blank_batch, pieces
 from sartor.predict.sketch import ROWS, Sketch
 from sartor.predict.target import Target
 from sartor.predict.time import TimeForecast
@@ -65,7 +69,7 @@ class Estimator:
             none, full = map(self.time, _ends(strategy))
             seconds = self._between(strategy, none.step_seconds, full.step_seconds)
             return dataclasses.replace(full, step_seconds=seconds)
-        positions = self.timing.workload(strategy).positions
+        positions = self.timing.workload(strategy).average.positions
         operations = self._sketch_of(strategy).operations(positions / self._shape.width)
         if strategy.layout.devices > 1:
             operations = self._laid_out(operations, strategy)
@@ -73,7 +77,7 @@ class Estimator:
         layout = strategy.layout
         if layout.pipeline > 1:  # as if the stages were one after the other without a bubble
             strategy = dataclasses.replace(strategy, layout=dataclasses.replace(layout, pipeline=1))
-        return self.timing.forecast(strategy, stages, traced_positions=positions)
+        return self.timing.forecast(strategy, stages, traced=self._contents(positions))
 
     def _between(self, strategy: Strategy, none: float, full: float) -> float:
         """What grows with every block that recomputes."""
@@ -90,10 +94,10 @@ class Estimator:
         setting, shape = self.setting, self._shape
         precision = setting.precision
         if several:  # FSDP2 gathers weights in the format of the arithmetic
-            compute = precision.weights if precision.compute == "as-stored" else precision.compute
+            compute = self._computed
             precision = Precision(mode=precision.mode, weights=compute, trained=compute, compute="as-stored")
         packing = setting.packing
-        if attention == SEGMENTS:
+        if attention == SEGMENTS and not self._compiled_attention:
             # It has as many operators as a micro-batch has examples. PyTorch's own causal attention stands for it, which keeps
             # and computes about as much where no mask tells examples apart.
             attention, packing = None, False
@@ -101,7 +105,7 @@ class Estimator:
             trace_job(
                 setting.job,
                 setting.source,
-                [blank_batch(dataclasses.replace(shape, rows=rows), packing=packing)],
+                [blank_batch(dataclasses.replace(shape, rows=rows), packing=packing, longest=LONGEST)],
                 Target.of(setting.machine.device),
                 precision=precision,
                 recompute=recompute,
@@ -113,11 +117,28 @@ class Estimator:
         ]
         return Sketch(traces)
 
+    @property
+    def _compiled_attention(self) -> bool:
+        """Whether one operator attends to all examples of a micro-batch."""
+        dtype = getattr(torch, self._computed)
+        return suits(torch.empty(0, dtype=dtype)) and int(self.setting.sets.train.lengths.max()) <= LONGEST
+
     @cached_property
     def _shape(self) -> Shape:
         """Of the run's longest rows."""
         batch = largest_steps(self.setting.sets.train, self.setting.order, self._single).largest[0]
         return Shape(rows=1, width=batch.input_ids_RT.shape[1], kept=len(batch.kept_K))
+
+    def _contents(self, positions: float) -> Contents:
+        """Of so many positions in rows as they are traced."""
+        shape = self._shape
+        length = shape.width / pieces(shape.width, packing=self.setting.packing, longest=LONGEST)
+        return Contents(
+            positions,
+            positions * shape.kept / shape.width,
+            Scores(positions * length, length),
+            Scores(positions * shape.width, shape.width),
+        )
 
     @cached_property
     def _single(self) -> Strategy:
@@ -169,9 +190,14 @@ class Estimator:
         return int(max(in_passes, states + gradients + updating / layout.replicate / layout.shared / layout.tensor))
 
     @property
-    def _gathered_width(self) -> int:
+    def _computed(self) -> str:
+        """The format of the arithmetic."""
         precision = self.setting.precision
-        return _WIDTH[precision.weights if precision.compute == "as-stored" else precision.compute]
+        return precision.weights if precision.compute == "as-stored" else precision.compute
+
+    @property
+    def _gathered_width(self) -> int:
+        return _WIDTH[self._computed]
 
     def _laid_out(self, operations: Operations, strategy: Strategy) -> Operations:
         """The operators of one device, and what it sends."""

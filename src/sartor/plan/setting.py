@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sartor.data import DataSets, TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import Batch, collate, fill_rows, micro_batches, rounded, row_width, shares
+from sartor.data.pack import Batch, collate, fill_rows, group_width, micro_batches, shares
 from sartor.job import Job
 from sartor.machine import Machine
 from sartor.methods import MethodTraits
@@ -117,8 +117,7 @@ def _largest(samples: TokenSet, groups: Sequence[_Group], strategy: Strategy) ->
 
 
 def _width(samples: TokenSet, group: _Group, strategy: Strategy) -> int:
-    width = max(row_width(samples, row, share=strategy.share_prefixes) for row in group)
-    return rounded(width) if len(group) == 1 and len(group[0]) > 1 else width
+    return group_width(samples, group, packing=strategy.packing, share=strategy.share_prefixes)
 
 
 def _size(samples: TokenSet, group: _Group, strategy: Strategy) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cache, cached_property
 
@@ -9,12 +10,14 @@ import torch
 
 from sartor.data.pack import collate
 from sartor.kernels import arena
+from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.machine import Machine
 from sartor.machine.calibration import load_calibration
 from sartor.plan.processes import shared_traffic_bytes, with_sums
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
+from sartor.predict.contents import Contents, in_proportion
 from sartor.predict.operations import Operation, Operations
 from sartor.predict.rates import KEEPS_UP_TO, CalibratedRates, CatalogueRates, Rates
 from sartor.predict.target import Target
@@ -59,15 +62,19 @@ class Timing:
             strategy.share_prefixes,
         )
 
-    def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced_positions: float) -> TimeForecast:
-        """`stages`: what a rank of each traced pipeline stage computes for micro-batches of so many positions."""
+    def forecast(self, strategy: Strategy, stages: Mapping[int, Operations], *, traced: Contents) -> TimeForecast:
+        """`stages`: what a rank of each traced pipeline stage computes for micro-batches that hold so much."""
         workload = self.workload(strategy)
+        average = workload.average
+        if strategy.attention == SEGMENTS:  # also where another attention stands for it in an estimate
+            average = dataclasses.replace(average, in_rows=average.in_examples)
+        stages = {stage: in_proportion(operations, traced, average) for stage, operations in stages.items()}
         work = Work(
             micro_batches=workload.micro_batches if strategy.layout.pipeline == 1 else max(round(workload.micro_batches), 1),
             tokens=workload.tokens,
             sequences=workload.sequences,
             total_steps=workload.total_steps,
-            scale=workload.positions / traced_positions,
+            scale=average.positions / traced.positions,
         )
         whole = forecast_time(
             stages, rates=self.rates, layout=strategy.layout, network=self.network, work=work, expenses=self.expenses
@@ -99,20 +106,20 @@ class Timing:
         """The time of what was forecast. Memory is that of the largest step; where the average micro-batch is much smaller, it is
         traced as well, since operators do not get faster in proportion. Over several devices they are taken to: a further trace
         would take seconds there."""
-        traced = self._traced_positions(strategy)
-        if strategy.layout.devices > 1 or traced <= _EVEN * self.workload(strategy).positions:
-            return self.forecast(strategy, forecast.stages, traced_positions=traced)
-        operations, positions = self._trace_typical(strategy)
-        return self.forecast(strategy, {0: operations}, traced_positions=positions)
+        traced = self._traced(strategy)
+        if strategy.layout.devices > 1 or traced.positions <= _EVEN * self.workload(strategy).average.positions:
+            return self.forecast(strategy, forecast.stages, traced=traced)
+        operations, typical = self._trace_typical(strategy)
+        return self.forecast(strategy, {0: operations}, traced=typical)
 
-    def _traced_positions(self, strategy: Strategy) -> float:
-        """Positions of a micro-batch of the step whose memory was forecast, on average: its first is larger than the others."""
-        steps = largest_steps(self.setting.sets.train, self.setting.order, strategy)
-        sizes = [int(batch.input_ids_RT.size) for batch in steps.traced]
-        count = max(self.workload(strategy).micro_batches, 1.0)
-        return (sizes[0] + (count - 1) * sizes[-1]) / count
+    def _traced(self, strategy: Strategy) -> Contents:
+        """Of a micro-batch of the step whose memory was forecast, on average: its first is larger than the others."""
+        samples = self.setting.sets.train
+        steps = largest_steps(samples, self.setting.order, strategy)
+        first, later = (Contents.of(batch, samples.lengths) for batch in (steps.traced[0], steps.traced[-1]))
+        return Contents.mean(first, later, 1 / max(self.workload(strategy).micro_batches, 1.0))
 
-    def _trace_typical(self, strategy: Strategy) -> tuple[Operations, int]:
+    def _trace_typical(self, strategy: Strategy) -> tuple[Operations, Contents]:
         setting = self.setting
         rows = [list(row) for row in self.workload(strategy).typical]
         batch = collate(setting.sets.train, rows, pad_id=0, packing=strategy.packing, share=strategy.share_prefixes)
@@ -127,7 +134,7 @@ class Timing:
             attention=strategy.attention,
             processes=strategy.processes,
         )
-        return ledger.operations, int(batch.input_ids_RT.size)
+        return ledger.operations, Contents.of(batch, setting.sets.train.lengths)
 
     def _sample(
         self, micro_batch: int, packing: bool, joined: bool, row_capacity: int, ranks: int, processes: int, share: bool

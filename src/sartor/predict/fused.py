@@ -15,6 +15,9 @@ from sartor.predict.operations import Operation
 
 COMPILED = {"rms_norm", "silu_mul", "rotate"}
 """Operators of `sartor.kernels.fused` that tell that blocks were compiled."""
+HEAD, CROSS_ENTROPY = "head", "cross_entropy_"
+"""Names of the parts of `linear_cross_entropy_`: products of the head, and what is done to logits. Both grow with the trained
+positions alone."""
 
 
 def extent_of(args: Sequence[Any]) -> Extent:
@@ -31,12 +34,12 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
     logits_NV, hidden_NH, weight_VH = (extent.compute.itemsize * size for size in (rows * columns, rows * width, columns * width))
     weights = weight_VH * rows // chunk
     common: dict[str, Any] = {"dtype": str(extent.compute).removeprefix("torch."), "made_bytes": 0}
-    product: dict[str, Any] = {"name": "mm", "family": "matmul", "flops": 2 * rows * columns * width, **common}
+    product: dict[str, Any] = {"name": HEAD, "family": "matmul", "flops": 2 * rows * columns * width, **common}
     sizes = 1, chunk, columns, width
     made = [
         Operation(**product, read_bytes=hidden_NH + weights, written_bytes=logits_NV, sizes=sizes, form="nt"),
         Operation(
-            **common, name="cross_entropy_", family="softmax", flops=0, read_bytes=logits_NV, written_bytes=logits_NV,
+            **common, name=CROSS_ENTROPY, family="softmax", flops=0, read_bytes=logits_NV, written_bytes=logits_NV,
             sizes=(rows * columns,),
         ),
     ]  # fmt: skip

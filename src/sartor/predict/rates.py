@@ -90,20 +90,19 @@ class CalibratedRates:
         self._memory = _memory(rates)
         self._attention = _attention(rates)
         self._loss = _loss(rates)
-        self._known = cache(self._seconds)
+        self._known, self._product_rates = cache(self._seconds), cache(self._product_rate)
         self._during: dict[tuple[int, bool], CalibratedRates] = {}
 
     def during(self, footprint: int, *, compiled: bool = False) -> CalibratedRates:
         """Operators on memory are as fast as they are on operands of that size together: what is larger than the caches is not
         in them when it is used again."""
-        size = 1 << footprint.bit_length()
-        if (size, compiled) not in self._during:
-            made = self._during[size, compiled] = copy.copy(self)
-            made._footprint, made._known = size, cache(made._seconds)
+        if (footprint, compiled) not in self._during:
+            made = self._during[footprint, compiled] = copy.copy(self)
+            made._footprint, made._known = footprint, cache(made._seconds)
             ahead, back = self._rates.compiled_block_operator_seconds, self._rates.compiled_block_backward_operator_seconds
             if compiled and ahead is not None and back is not None:
                 made._overhead, made._overheads = ahead, {**self._overheads, "backward": back}
-        return self._during[size, compiled]
+        return self._during[footprint, compiled]
 
     def seconds(self, operation: Operation, kind: Pass) -> float:
         return self._known(operation, kind)
@@ -123,7 +122,7 @@ class CalibratedRates:
 
     def _work(self, operation: Operation) -> float:
         if operation.family == "matmul" and operation.flops and len(operation.sizes) == 4:
-            return operation.flops / self._product_rate(operation) + self._fetching(operation)
+            return operation.flops / self._product_rates(operation) + self._fetching(operation)
         if operation.family == "attention" and operation.flops:
             return operation.flops / self._attention_rate(operation)
         if operation.name in self._loss:

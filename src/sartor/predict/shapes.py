@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -34,13 +34,21 @@ class Shape:
     """Columns with a target in some row."""
 
 
-def blank_batch(shape: Shape, *, packing: bool) -> Batch:
-    """A micro-batch of this shape, to trace: packed rows hold two examples."""
+def pieces(width: int, *, packing: bool, longest: int | None = None) -> int:
+    """Examples that a row of a blank micro-batch holds."""
+    return max(2, -(-width // longest) if longest else 0) if packing else 1
+
+
+def blank_batch(shape: Shape, *, packing: bool, longest: int | None = None) -> Batch:
+    """A micro-batch of this shape, to trace: packed rows hold two examples, or as many as it takes for none to be longer than
+    `longest`."""
     targets_RT = np.full((shape.rows, shape.width), IGNORE, dtype=np.int64)
     kept_K = np.arange(shape.width - 1 - shape.kept, shape.width - 1)
     targets_RT[:, kept_K] = 0
-    cut = max(shape.width // 2, 1)
-    positions_T = np.concatenate([np.arange(cut), np.arange(shape.width - cut)])
+    count = pieces(shape.width, packing=packing, longest=longest)
+    ends = [shape.width * number // count for number in range(count + 1)]
+    examples = tuple(end - start for start, end in pairwise(ends))
+    positions_T = np.concatenate([np.arange(length) for length in examples])
     return Batch(
         input_ids_RT=np.zeros_like(targets_RT),
         targets_RT=targets_RT,
@@ -49,7 +57,7 @@ def blank_batch(shape: Shape, *, packing: bool) -> Batch:
         trained_tokens=shape.rows * shape.kept,
         tokens=shape.rows * shape.width,
         examples=(),
-        segments=((cut, shape.width - cut) if packing else (shape.width,),) * shape.rows,
+        segments=(examples,) * shape.rows,
     )
 
 

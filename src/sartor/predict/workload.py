@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sartor.data import TokenSet
 from sartor.data.order import BatchOrder
-from sartor.data.pack import fill_rows, micro_batches, row_width, shares
+from sartor.data.pack import fill_rows, group_width, micro_batches, shares
+from sartor.predict.contents import Contents, Scores
 
 SAMPLED_STEPS = 64
 """Evenly spread over the run; steps are random draws of the same data."""
@@ -25,8 +25,8 @@ class Workload:
     """Of a step, padding not counted."""
     sequences: float
     total_steps: int
-    positions: float
-    """Of a micro-batch (rows times width), on average."""
+    average: Contents
+    """Of a micro-batch."""
     typical: tuple[tuple[int, ...], ...]
     """The rows of the micro-batch that is nearest to the average: examples by their number."""
 
@@ -47,7 +47,7 @@ def sample_workload(
     which share a machine and its rates. `share`: what a row's examples begin with lies there once."""
     steps = np.unique(np.linspace(0, order.total_steps - 1, SAMPLED_STEPS).astype(int))
     groups: list[list[list[int]]] = []
-    counts, tokens, sequences = [], 0, 0
+    counts, lengths, tokens, trained, sequences = [], [], 0, 0, 0
     for step in steps:
         indices = order.indices(int(step))
         parts = [
@@ -59,17 +59,21 @@ def sample_workload(
         counts.append(-(-len(cut) // data_ranks))
         tokens += int(samples.lengths[indices].sum())
         sequences += len(indices)
-    positions = np.array([_positions(samples, group, share=share) for group in groups])
+        trained += int(samples.trained_counts[indices].sum())
+        lengths.append(samples.lengths[indices])
+    rows, widths = np.array([(len(group), group_width(samples, group, packing=packing, share=share)) for group in groups]).T
+    positions = rows * widths
     nearest = int(np.abs(positions - positions.mean()).argmin())
     return Workload(
         micro_batches=float(np.mean(counts)),
         tokens=tokens / len(steps),
         sequences=sequences / len(steps),
         total_steps=order.total_steps,
-        positions=float(positions.mean()),
+        average=Contents(
+            positions=float(positions.mean()),
+            trained=trained / len(groups),
+            in_examples=Scores.of(np.concatenate(lengths), len(groups)),
+            in_rows=Scores.of(np.repeat(widths, rows), len(groups)),
+        ),
         typical=tuple(tuple(row) for row in groups[nearest]),
     )
-
-
-def _positions(samples: TokenSet, group: Sequence[Sequence[int]], *, share: bool) -> int:
-    return len(group) * max(row_width(samples, row, share=share) for row in group)
