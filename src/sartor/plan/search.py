@@ -38,6 +38,10 @@ from sartor.predict.whole import treats_layers_alike
 HOPELESS = 1.02
 """A candidate whose estimate is so many times what there is is not forecast. Estimates are of tensors alone: of those compared,
 none was above what the process was then forecast to need."""
+AS_FAST = 1.03
+"""On a CPU, candidates estimated to take so many times as long as the fastest count as equal: estimates of examples of different
+lengths are so close to the forecasts. Of these the one with the largest micro-batches is taken. It has the fewest operators, and
+what one costs beside its arithmetic is what other work on the machine changes most."""
 LEAST_FORWARD_SHARE = 0.2
 """Of a step, what computing the forward pass again adds at least: it is a third of the products, half with adapters."""
 
@@ -205,7 +209,7 @@ class _Walk:
     def first_fit(self, *, beyond: float | None = None) -> Choice | None:
         """Forecast in order of time until one fits. `beyond`: slower ones wait, since others may be faster than they are."""
         while self.waiting and (beyond is None or self.waiting[0].seconds <= beyond):
-            entry = self.waiting.pop(0)
+            entry = self._take()
             if entry.strategy.recomputed is not None and entry.forecast is None and self._without(entry.strategy):
                 self._narrow(entry)
                 continue
@@ -222,6 +226,15 @@ class _Walk:
                 # with one block recomputed it may be the fastest
                 beyond = min(beyond, (1 + LEAST_FORWARD_SHARE / self.setting.blocks) * entry.seconds)
         return None
+
+    def _take(self) -> _Estimated:
+        """The next candidate to forecast, of those waiting."""
+        if self.setting.machine.device.kind != "cpu":
+            return self.waiting.pop(0)
+        as_fast = [entry for entry in self.waiting if entry.seconds <= AS_FAST * self.waiting[0].seconds]
+        entry = min(as_fast, key=lambda entry: (entry.strategy.recompute, -entry.strategy.micro_batch))
+        self.waiting.remove(entry)
+        return entry
 
     def through(self, strategies: list[Strategy]) -> Choice:
         """Without times: candidates in their own order."""
@@ -262,8 +275,10 @@ class _Walk:
     def _note_slower(self, chosen: _Estimated) -> None:
         """What was not forecast, because something faster fits."""
         for entry in self.waiting:
-            slower = f"{entry.seconds / chosen.seconds - 1:.0%} slower: about {format_seconds(entry.seconds)} a step"
-            self.rejected.append(Rejected(strategy=entry.strategy, reason=slower, step_seconds=entry.seconds))
+            slower = entry.seconds / chosen.seconds - 1
+            compared = f"{slower:.0%} slower" if slower >= 0 else "about as fast, in smaller micro-batches"
+            reason = f"{compared}: about {format_seconds(entry.seconds)} a step"
+            self.rejected.append(Rejected(strategy=entry.strategy, reason=reason, step_seconds=entry.seconds))
 
     def _choice(self, strategy: Strategy, forecast: MemoryForecast) -> Choice:
         time = None

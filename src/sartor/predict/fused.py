@@ -5,6 +5,7 @@ Shapes: N rows with a target, C rows of a chunk, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,11 +108,13 @@ def low_rank(args: Sequence[Any], *, backward: bool) -> list[Operation]:
 
 
 def parts_of(func: Any, args: Sequence[Any]) -> list[Operation] | None:
-    """What an operator of Sartor's own does, where that is several things."""
+    """What an operator of Sartor's own does, where that is several things. All but the first are not called for."""
     if func is linear_cross_entropy_:
-        return head_and_loss(args)
-    if func is attend_ or func is attend_backward_:
-        return attention_of_examples(args, backward=func is attend_backward_)
-    if func is add_low_rank_ or func is low_rank_backward_:
-        return low_rank(args, backward=func is low_rank_backward_)
-    return None
+        parts = head_and_loss(args)
+    elif func is attend_ or func is attend_backward_:
+        parts = attention_of_examples(args, backward=func is attend_backward_)
+    elif func is add_low_rank_ or func is low_rank_backward_:
+        parts = low_rank(args, backward=func is low_rank_backward_)
+    else:
+        return None
+    return parts[:1] + [dataclasses.replace(part, called=False) for part in parts[1:]]

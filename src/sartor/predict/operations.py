@@ -63,6 +63,8 @@ class Operation:
     """Whether all operands lie in memory in the order of the result."""
     group: Group | None = None
     """Of a collective."""
+    called: bool = True
+    """Whether somebody asked for it; else it is a part of the operator before it."""
 
     @property
     def bytes(self) -> int:

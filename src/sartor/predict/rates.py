@@ -117,7 +117,7 @@ class CalibratedRates:
             return rates.view_backward_seconds if kind == "backward" else rates.view_seconds
         if operation.family == "optimizer":
             return operation.bytes / (ADAMW_BYTES * rates.adamw_parameters_per_second) + rates.adamw_tensor_seconds
-        overhead = self._overheads.get(kind, self._overhead)
+        overhead = self._overheads.get(kind, self._overhead) if operation.called else 0.0
         return overhead + self._work(operation) + self._new_memory(operation)
 
     def _work(self, operation: Operation) -> float:
