@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
 from sartor.kernels.lora import lora_of
+from sartor.kernels.matmul import linear_of
 from sartor.kernels.native import library
 
 _NORM = """
@@ -175,6 +176,7 @@ _PARTS: dict[str, Callable[[Any], Callable[..., Any] | None]] = {
     "gates": _mlp_of,
     "rotary positions": _attention_of,
     "adapters": lora_of,
+    "linear layers": linear_of,
 }
 
 

@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "native.h"
-#include "pairs.h"
 #include "tile.h"
 
 namespace {
@@ -132,131 +131,15 @@ void backward(const T *g, const T *x, const float *u, const T *a, const T *b, T 
     }
 }
 
-#ifdef SARTOR_PAIRS
-
-bool in_pairs(const sizes &of) { return of.in % 2 == 0 && of.out % 2 == 0 && of.rank % 2 == 0; }
-
-// A block of rows that a tile may read to its end: themselves, or where they do not fill it a copy with zeros behind.
-const pair *whole(const bf16 *from, int64_t size, int64_t count, int64_t room, float *copy) {
-    if (count == room) return reinterpret_cast<const pair *>(from);
-    std::memcpy(copy, from, size_t(count * size) * sizeof(bf16));
-    std::memset(reinterpret_cast<bf16 *>(copy) + count * size, 0, size_t((room - count) * size) * sizeof(bf16));
-    return reinterpret_cast<const pair *>(copy);
-}
-
-void forward_in_pairs(const bf16 *x, const bf16 *a, const bf16 *b, bf16 *y, float *u, float scale, const sizes &of, float *at) {
-    const int64_t wide = of.wide(), out_wide = up(of.out, LANES);
-    pair *a_pairs = reinterpret_cast<pair *>(at), *b_pairs = a_pairs + of.in * wide;
-    float *blocks = at + (of.in + of.wider()) * wide;
-#pragma omp parallel num_threads(int(of.threads))
-    {
-#pragma omp for schedule(static) nowait
-        for (int64_t k = 0; k < of.in / 2; k++)
-            for (int64_t j = 0; j < wide; j++) a_pairs[k * wide + j] = j < of.rank ? pair_at(a + j * of.in + 2 * k) : 0;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < out_wide; n++)
-            for (int64_t j = 0; j < of.rank / 2; j++)
-                b_pairs[j * out_wide + n] = n < of.out ? pair_at(b + n * of.rank + 2 * j) : 0;
-        float *chunk = blocks + thread_number() * of.block(), *low = chunk + BLOCK * CHUNK, *copy = low + 2 * BLOCK * wide;
-        bf16 *rounded = reinterpret_cast<bf16 *>(low + BLOCK * wide);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < (of.rows + BLOCK - 1) / BLOCK; block++) {
-            const int64_t first = block * BLOCK, count = of.rows - first < BLOCK ? of.rows - first : BLOCK, room = up(count, ROWS);
-            const pair *rows = whole(x + first * of.in, of.in, count, room, copy);
-            pair_product(rows, of.in / 2, 1, a_pairs, wide, low, wide, room, wide, of.in / 2, false);
-            put(low, wide, u + first * of.rank, of.rank, count, of.rank, 1.0f);
-            rounded_rows(low, wide, rounded, nullptr, room, scale);
-            for (int64_t i = 0; i < of.out; i += CHUNK) {
-                const int64_t some = of.out - i < CHUNK ? of.out - i : CHUNK, width = up(some, LANES);
-                const pair *low_pairs = reinterpret_cast<const pair *>(rounded);
-                pair_product(low_pairs, wide / 2, 1, b_pairs + i, out_wide, chunk, width, room, width, of.rank / 2, false);
-                add_rows(y + first * of.out + i, of.out, chunk, width, count, some);
-            }
-        }
-    }
-}
-
-void backward_in_pairs(const bf16 *g, const bf16 *x, const float *u, const bf16 *a, const bf16 *b, bf16 *dx, bf16 *da, bf16 *db,
-                       float scale, const sizes &of, float *at) {
-    const int64_t wide = of.wide(), in_wide = up(of.in, LANES);
-    pair *b_pairs = reinterpret_cast<pair *>(at), *a_pairs = b_pairs + of.out * wide;
-    float *parts = at + (of.out + of.wider()) * wide, *blocks = parts + PARTS * of.sums();
-    const int64_t db_sums = up(of.in, ROWS) * wide;
-#pragma omp parallel num_threads(int(of.threads))
-    {
-#pragma omp for schedule(static) nowait
-        for (int64_t n = 0; n < of.out / 2; n++) paired_rows(b + 2 * n * of.rank, of.rank, b_pairs + n * wide, wide, 2, of.rank);
-#pragma omp for schedule(static)
-        for (int64_t j = 0; j < of.rank / 2; j++) paired_rows(a + 2 * j * of.in, of.in, a_pairs + j * in_wide, in_wide, 2, of.in);
-        float *chunk = blocks + thread_number() * of.block(), *low = chunk + BLOCK * CHUNK, *copy = low + 2 * BLOCK * wide;
-        bf16 *rounded = reinterpret_cast<bf16 *>(low + BLOCK * wide);
-        pair *low_turned = reinterpret_cast<pair *>(copy + BLOCK * of.wider() / 2), *given = low_turned + BLOCK / 2 * wide;
-        pair *columns = reinterpret_cast<pair *>(chunk);
-#pragma omp for schedule(static)
-        for (int64_t part = 0; part < PARTS; part++) {
-            float *sums = parts + part * of.sums();
-            std::memset(sums, 0, size_t(of.sums()) * sizeof(float));
-            const int64_t end = of.rows * (part + 1) / PARTS;
-            for (int64_t first = of.rows * part / PARTS; first < end; first += BLOCK) {
-                const int64_t count = end - first < BLOCK ? end - first : BLOCK, room = up(count, ROWS), half = (count + 1) / 2;
-                const bf16 *g_rows = g + first * of.out, *x_rows = x + first * of.in;
-                spread(u + first * of.rank, of.rank, low, wide, count, of.rank, room, 1.0f);
-                rounded_rows(low, wide, rounded, given, room, scale);
-                const pair *rows = whole(g_rows, of.out, count, room, copy);
-                pair_product(rows, of.out / 2, 1, b_pairs, wide, low, wide, room, wide, of.out / 2, false);
-                rounded_rows(low, wide, rounded, low_turned, room, scale);
-                for (int64_t i = 0; i < of.out; i += CHUNK) {
-                    const int64_t some = of.out - i < CHUNK ? of.out - i : CHUNK, width = up(some, LANES);
-                    paired_rows(g_rows + i, of.out, columns, width, count, some);
-                    pair_product(columns, 1, width, given, wide, sums + db_sums + i * wide, wide, up(some, ROWS), wide, half, true);
-                }
-                for (int64_t i = 0; i < of.in; i += CHUNK) {
-                    const int64_t some = of.in - i < CHUNK ? of.in - i : CHUNK, width = up(some, LANES);
-                    paired_rows(x_rows + i, of.in, columns, width, count, some);
-                    pair_product(columns, 1, width, low_turned, wide, sums + i * wide, wide, up(some, ROWS), wide, half, true);
-                    if (dx == nullptr) continue;
-                    const pair *low_pairs = reinterpret_cast<const pair *>(rounded);
-                    pair_product(low_pairs, wide / 2, 1, a_pairs + i, in_wide, chunk, width, room, width, of.rank / 2, false);
-                    add_rows(dx + first * of.in + i, of.in, chunk, width, count, some);
-                }
-            }
-        }
-        sum_up(parts, da, db, of);
-    }
-}
-
-#endif
-
-void add_low_rank(const float *x, const float *a, const float *b, float *y, float *u, float scale, const sizes &of, float *at) {
-    forward(x, a, b, y, u, scale, of, at);
-}
-void add_low_rank(const bf16 *x, const bf16 *a, const bf16 *b, bf16 *y, float *u, float scale, const sizes &of, float *at) {
-#ifdef SARTOR_PAIRS
-    if (in_pairs(of)) return forward_in_pairs(x, a, b, y, u, scale, of, at);
-#endif
-    forward(x, a, b, y, u, scale, of, at);
-}
-void low_rank_backward(const float *g, const float *x, const float *u, const float *a, const float *b, float *dx, float *da,
-                       float *db, float scale, const sizes &of, float *at) {
-    backward(g, x, u, a, b, dx, da, db, scale, of, at);
-}
-void low_rank_backward(const bf16 *g, const bf16 *x, const float *u, const bf16 *a, const bf16 *b, bf16 *dx, bf16 *da, bf16 *db,
-                       float scale, const sizes &of, float *at) {
-#ifdef SARTOR_PAIRS
-    if (in_pairs(of)) return backward_in_pairs(g, x, u, a, b, dx, da, db, scale, of, at);
-#endif
-    backward(g, x, u, a, b, dx, da, db, scale, of, at);
-}
-
 }  // namespace
 
 #define KINDS(T, KIND)                                                                                                          \
     void lora_##KIND(const T *x, const T *a, const T *b, T *y, float *u, float scale, const sizes *of, float *at) {             \
-        add_low_rank(x, a, b, y, u, scale, *of, at);                                                                                 \
+        forward(x, a, b, y, u, scale, *of, at);                                                                                 \
     }                                                                                                                           \
     void lora_backward_##KIND(const T *g, const T *x, const float *u, const T *a, const T *b, T *dx, T *da, T *db, float scale, \
                               const sizes *of, float *at) {                                                                     \
-        low_rank_backward(g, x, u, a, b, dx, da, db, scale, *of, at);                                                                    \
+        backward(g, x, u, a, b, dx, da, db, scale, *of, at);                                                                    \
     }
 
 extern "C" {

@@ -2,7 +2,9 @@
 
 PEFT's own layer takes two small products, a scaling and a sum more for the adapter, each over memory of its own, and backward
 seven.
-The product with W is PyTorch's; what the adapter adds is compiled (`lora.cpp`), summed in float32 and rounded once.
+Where the processor multiplies pairs of bfloat16 numbers, all of it is the products of `matmul.py`, which add that of low rank on
+their way; elsewhere the product with W is PyTorch's, and what the adapter adds is compiled (`lora.cpp`), summed in float32 and
+rounded once.
 
 Shapes: M rows, K input channels, N output channels, R rank.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sartor.kernels.fused import FORMATS, suited
+from sartor.kernels.matmul import is_fastest, multiply, takes
 from sartor.kernels.native import operator, products_library
 
 MOST_RANK = 64
@@ -70,8 +73,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tensor:
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        y_MN = F.linear(x_MK, weight_NK, bias)
-        low_MR = add_low_rank_(x_MK, a_RK, b_NR, y_MN, scale)
+        y_MN, low_MR = (_in_pairs if takes(weight_NK) else _in_floats)(x_MK, weight_NK, bias, a_RK, b_NR, scale)
         ctx.save_for_backward(x_MK, weight_NK, a_RK, b_NR, low_MR)
         ctx.scale = scale
         return y_MN.view(*x.shape[:-1], -1)
@@ -80,10 +82,64 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *given: Any) -> Any:
         x_MK, weight_NK, a_RK, b_NR, low_MR = ctx.saved_tensors
         gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
-        to_x_MK = torch.mm(gradient_MN, weight_NK) if ctx.needs_input_grad[0] else None
-        to_a_RK, to_b_NR = low_rank_backward_(gradient_MN, x_MK, low_MR, a_RK, b_NR, to_x_MK, ctx.scale)
+        back = _in_pairs_backward if takes(weight_NK) else _in_floats_backward
+        to_x_MK, *to_ab = back(gradient_MN, x_MK, low_MR, weight_NK, a_RK, b_NR, ctx.scale, wanted=ctx.needs_input_grad[0])
         to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
-        return to_x, None, None, to_a_RK, to_b_NR, None
+        return to_x, None, None, *to_ab, None
+
+
+def _in_pairs(
+    x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The layer, and scale x A^T in bfloat16. Ours sums the adapter's part up with the frozen layer's."""
+    low_MR = multiply(x_MK, a_RK.t(), scale=scale)
+    if is_fastest():
+        return multiply(x_MK, weight_NK.t(), more=(low_MR, b_NR.t()), bias_N=bias), low_MR
+    return multiply(low_MR, b_NR.t(), F.linear(x_MK, weight_NK, bias), adds=True), low_MR
+
+
+def _in_pairs_backward(
+    gradient_MN: Tensor,
+    x_MK: Tensor,
+    low_MR: Tensor,
+    weight_NK: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    scale: float,
+    *,
+    wanted: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    to_low_MR, to_x_MK = multiply(gradient_MN, b_NR, scale=scale), None
+    if wanted and is_fastest():
+        to_x_MK = multiply(gradient_MN, weight_NK, more=(to_low_MR, a_RK))
+    elif wanted:
+        to_x_MK = multiply(to_low_MR, a_RK, torch.mm(gradient_MN, weight_NK), adds=True)
+    to_b_NR = torch.empty_like(b_NR)
+    multiply(low_MR.t(), gradient_MN, to_b_NR.t())
+    return to_x_MK, multiply(to_low_MR.t(), x_MK), to_b_NR
+
+
+def _in_floats(
+    x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The layer, and x A^T in float32."""
+    y_MN = F.linear(x_MK, weight_NK, bias)
+    return y_MN, add_low_rank_(x_MK, a_RK, b_NR, y_MN, scale)
+
+
+def _in_floats_backward(
+    gradient_MN: Tensor,
+    x_MK: Tensor,
+    low_MR: Tensor,
+    weight_NK: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    scale: float,
+    *,
+    wanted: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    to_x_MK = torch.mm(gradient_MN, weight_NK) if wanted else None
+    return to_x_MK, *low_rank_backward_(gradient_MN, x_MK, low_MR, a_RK, b_NR, to_x_MK, scale)
 
 
 def _sizes(x_MK: Tensor, b_NR: Tensor) -> _Sizes:

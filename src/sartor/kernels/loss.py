@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.kernels.matmul import product
 from sartor.kernels.native import library, operator
 
 CHUNK_BYTES = 32 * 2**20
@@ -203,13 +204,10 @@ def _chunks(
     for first in range(0, extent.rows, rows):
         chunk = slice(first, min(first + rows, extent.rows))
         hidden_CH, logits_CV = hidden_NH[chunk], parts["logits"][: min(rows, extent.rows - first)]
-        if bias_V is None:
-            torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
-        else:
-            torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=logits_CV)
+        product(hidden_CH, weight_VH.t(), logits_CV, bias_V)
         parts["losses"][chunk] = _cross_entropy(logits_CV, targets_N[chunk], scale, cap, factor if wanted else 0.0)
         if to_hidden_NH is not None:
-            torch.mm(logits_CV, weight_VH, out=to_hidden_NH[chunk])
+            product(logits_CV, weight_VH, to_hidden_NH[chunk])
         if to_weight is not None:
             to_weight.add(logits_CV, hidden_CH)
         if extent.bias:
@@ -256,7 +254,7 @@ class _Sum:
 def _product(gradient_CV: Tensor, hidden_CH: Tensor, result_VH: Tensor) -> None:
     """gradient^T hidden, some thousand rows of the result at a time: in bfloat16 half as fast again as all at once."""
     for gradient_CP, result_PH in zip(gradient_CV.split(PRODUCT_ROWS, dim=1), result_VH.split(PRODUCT_ROWS), strict=True):
-        torch.mm(gradient_CP.t(), hidden_CH, out=result_PH)
+        product(gradient_CP.t(), hidden_CH, result_PH)
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:

@@ -26,7 +26,7 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 """Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
 
 
@@ -37,7 +37,8 @@ class MatmulRate:
     dtype: str
     """As torch names it: float32, bfloat16, float16, int8."""
     form: str
-    """Of a linear layer: `nt` its forward (weights n x k), `nn` the gradient of its input, `tn` the gradient of its weights."""
+    """Of a linear layer: `nt` its forward (weights n x k), `nn` the gradient of its input, `tn` the gradient of its weights;
+    `compiled nt` … by Sartor's own loops."""
     batch: int
     m: int
     n: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,8 +37,9 @@ _EXAMPLE_LENGTHS = (32, 128, 512)
 _HEADS, _HEAD_SIZE = 12, 64
 _COLUMNS = 1024
 _MEMORY_BYTES = (2**16, 2**20, 2**23)
-_MATMUL_SECONDS, _MEMORY_SECONDS, _ATTENTION_SECONDS, _EXAMPLES_SECONDS = 4.0, 5.0, 3.0, 1.0
-"""Each at most: the products of one format, the operators on memory, attention, that of short examples."""
+_COMPILED_ROWS_M, _COMPILED_SHAPES_NK = (64, 256, 1024), ((768, 768), (2048, 768), (768, 3072), (16, 768), (768, 16))
+_MATMUL_SECONDS, _COMPILED_SECONDS, _MEMORY_SECONDS, _ATTENTION_SECONDS, _EXAMPLES_SECONDS = 4.0, 2.0, 5.0, 3.0, 1.0
+"""Each at most: the products of one format, Sartor's own, the operators on memory, attention, that of short examples."""
 
 
 def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str], as_run: AsRun | None = None) -> DeviceRates:
@@ -66,7 +68,7 @@ def device_rates(clock: Clock, *, largest_bytes: int, notes: list[str], as_run: 
             memory=tuple(_memory(clock, largest_bytes, notes)),
             attention=(*_attention_of_examples(clock, notes, as_run), *_attention(clock, notes)),
             loss=tuple(_loss(clock, notes)),
-            matmul=tuple(_matmul(clock, notes)),
+            matmul=(*_compiled_products(clock, as_run), *_matmul(clock, notes)),
         )
 
 
@@ -111,6 +113,22 @@ def _matmul(clock: Clock, notes: list[str]) -> Iterator[MatmulRate]:
                 yield MatmulRate(dtype=_name(dtype), form=form, batch=1, m=m, n=n, k=k, flops_per_second=rate)
 
 
+def _compiled_products(clock: Clock, as_run: AsRun | None) -> Iterator[MatmulRate]:
+    """Sartor's own, where there are any: in bfloat16."""
+    if as_run is None or clock.device.type != "cpu":
+        return
+    clock.section(_COMPILED_SECONDS)
+    for n, k in _COMPILED_SHAPES_NK:
+        for form, m in itertools.product(("nt", "nn", "tn"), _COMPILED_ROWS_M):
+            call = _product(form, m, n, k, torch.bfloat16, compiled=True)
+            try:
+                call()
+            except RuntimeError:  # not on this processor
+                return
+            rate = 2 * m * n * k / clock.seconds(call)
+            yield MatmulRate(dtype="bfloat16", form=f"compiled {form}", batch=1, m=m, n=n, k=k, flops_per_second=rate)
+
+
 def _problems(device: torch.device) -> Iterator[tuple[str, int, int, int]]:
     """Ordinary ones first: what there is no time for are the smallest and the largest."""
     rows = _ROWS_M if device.type == "cpu" else _ROWS_M + _DEVICE_ROWS_M
@@ -120,7 +138,7 @@ def _problems(device: torch.device) -> Iterator[tuple[str, int, int, int]]:
     return iter(sorted(problems, key=lambda problem: abs(math.log(problem[1] * problem[2] * problem[3] / _ORDINARY))))
 
 
-def _product(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> Call:
+def _product(form: str, m: int, n: int, k: int, dtype: torch.dtype, *, compiled: bool = False) -> Call:
     """The product as a linear layer asks for it, into an output that is there already."""
     if dtype == torch.int8:
         left, right = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).t()
@@ -133,6 +151,8 @@ def _product(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> Call:
     else:
         left, right = noise(k, m, dtype=dtype).t(), noise(k, n, dtype=dtype)
     out = torch.empty(m, n, dtype=dtype)
+    if compiled:
+        return lambda: torch.ops.sartor.matmul_(left, right, out, None, None, None, None, 1.0, False)
     return lambda: torch.mm(left, right, out=out)
 
 

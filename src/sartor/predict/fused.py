@@ -9,10 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sartor.kernels.attend import NUMBERS, attend_, attend_backward_
 from sartor.kernels.lora import add_low_rank_, low_rank_backward_
 from sartor.kernels.loss import Extent, linear_cross_entropy_
+from sartor.kernels.matmul import is_fastest, matmul_
 from sartor.predict.operations import Operation
+from sartor.predict.rates import COMPILED as BY_OWN_LOOPS
 
 COMPILED = {"rms_norm", "silu_mul", "rotate"}
 """Operators of `sartor.kernels.fused` that tell that blocks were compiled."""
@@ -36,9 +40,10 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
     weights = weight_VH * rows // chunk
     common: dict[str, Any] = {"dtype": str(extent.compute).removeprefix("torch."), "made_bytes": 0}
     product: dict[str, Any] = {"name": HEAD, "family": "matmul", "flops": 2 * rows * columns * width, **common}
+    form = BY_OWN_LOOPS if extent.compute == torch.bfloat16 and is_fastest() else ""
     sizes = 1, chunk, columns, width
     made = [
-        Operation(**product, read_bytes=hidden_NH + weights, written_bytes=logits_NV, sizes=sizes, form="nt"),
+        Operation(**product, read_bytes=hidden_NH + weights, written_bytes=logits_NV, sizes=sizes, form=form + "nt"),
         Operation(
             **common, name=CROSS_ENTROPY, family="softmax", flops=0, read_bytes=logits_NV, written_bytes=logits_NV,
             sizes=(rows * columns,),
@@ -46,12 +51,12 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
     ]  # fmt: skip
     if to_hidden_NH is not None:
         sizes = 1, chunk, width, columns
-        made.append(Operation(**product, read_bytes=logits_NV + weights, written_bytes=hidden_NH, sizes=sizes, form="nn"))
+        made.append(Operation(**product, read_bytes=logits_NV + weights, written_bytes=hidden_NH, sizes=sizes, form=form + "nn"))
     if extent.weight is not None:
         again = 2 * weights - weight_VH  # written by every chunk, read by all but the first
         sizes = 1, columns, width, chunk
         read = logits_NV + hidden_NH + again - weights
-        made.append(Operation(**product, read_bytes=read, written_bytes=weights, sizes=sizes, form="tn"))
+        made.append(Operation(**product, read_bytes=read, written_bytes=weights, sizes=sizes, form=form + "tn"))
     return made
 
 
@@ -107,12 +112,33 @@ def low_rank(args: Sequence[Any], *, backward: bool) -> list[Operation]:
     ]
 
 
+def product(args: Sequence[Any]) -> list[Operation]:
+    """A call of `matmul_`: its product, with what it adds of low rank."""
+    a, b, c, _, _, more_a, _, _, adds = args
+    (m, k), n, more_k = a.shape, b.shape[1], 0 if more_a is None else more_a.shape[1]
+    size, turned = a.element_size(), ("t" if matrix.stride(1) != 1 else "n" for matrix in (a, b))
+    made = Operation(
+        name="mm",
+        family="matmul",
+        dtype=str(a.dtype).removeprefix("torch."),
+        flops=2 * m * n * (k + more_k),
+        read_bytes=size * ((m + n) * (k + more_k) + m * n * adds),
+        written_bytes=c.numel() * size,
+        made_bytes=0,
+        sizes=(1, m, n, k),
+        form=BY_OWN_LOOPS + "".join(turned),
+    )
+    return [made]
+
+
 def parts_of(func: Any, args: Sequence[Any]) -> list[Operation] | None:
     """What an operator of Sartor's own does, where that is several things. All but the first are not called for."""
     if func is linear_cross_entropy_:
         parts = head_and_loss(args)
     elif func is attend_ or func is attend_backward_:
         parts = attention_of_examples(args, backward=func is attend_backward_)
+    elif func is matmul_:
+        parts = product(args)
     elif func is add_low_rank_ or func is low_rank_backward_:
         parts = low_rank(args, backward=func is low_rank_backward_)
     else:

@@ -27,6 +27,7 @@ from sartor.predict.heap_state import process_heap
 from sartor.predict.largest import LargestSteps
 from sartor.predict.ledger import Ledger, Peak
 from sartor.predict.operations import Operations
+from sartor.predict.rates import COMPILED
 from sartor.predict.target import Target
 from sartor.predict.timeline import MOST_POINTS, Timeline, make_timeline
 from sartor.predict.verdict import TIGHT_SHARE, Verdict, judge
@@ -284,7 +285,7 @@ def _products_bytes(ledger: Ledger, widths: int) -> int:
     products = {
         (operation.name, operation.sizes)
         for operation in ledger.operations.table
-        if operation.family == "matmul" and operation.dtype == "bfloat16"
+        if operation.family == "matmul" and operation.dtype == "bfloat16" and not operation.form.startswith(COMPILED)
     }
     return products_bytes(widths * len(products))
 

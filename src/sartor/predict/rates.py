@@ -146,7 +146,8 @@ class CalibratedRates:
 
     def _product_rate(self, operation: Operation) -> float:
         batch, m, n, k = operation.sizes
-        table = _of_format(self._products, operation.dtype)
+        compiled = self._products.get(f"{operation.dtype} compiled") if operation.form.startswith(COMPILED) else None
+        table = compiled or _of_format(self._products, operation.dtype)
         return table((_FORMS.get(operation.form, 0.0), math.log2(batch), math.log2(m), math.log2(n), math.log2(max(k, 1))))
 
     def _attention_rate(self, operation: Operation) -> float:
@@ -175,7 +176,10 @@ class CalibratedRates:
         return next((self._memory[key] for key in alike if key in self._memory), None) or next(iter(self._memory.values()))
 
 
+COMPILED = "compiled "
+"""Before the form of a product by Sartor's own loops."""
 _FORMS = {"nt": 0.0, "nn": 1.0, "tn": 2.0, "tt": 2.0}
+_FORMS |= {COMPILED + form: place for form, place in _FORMS.items()}
 
 Table = Callable[[tuple[float, ...]], float]
 
@@ -205,7 +209,7 @@ def _products(rates: DeviceRates) -> dict[str, Table]:
     points: dict[str, list[tuple[tuple[float, ...], float]]] = defaultdict(list)
     for rate in rates.matmul:
         place = (_FORMS.get(rate.form, 0.0), *(math.log2(size) for size in (rate.batch, rate.m, rate.n, rate.k)))
-        points[rate.dtype].append((place, rate.flops_per_second))
+        points[f"{rate.dtype} compiled" if rate.form.startswith(COMPILED) else rate.dtype].append((place, rate.flops_per_second))
     return {dtype: _table(found) for dtype, found in points.items()}
 
 

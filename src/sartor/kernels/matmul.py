@@ -1,0 +1,210 @@
+"""Matrix products of bfloat16 numbers on a CPU by loops of our own (`matmul.cpp`), and linear layers that use them.
+
+For processors that multiply pairs of bfloat16 numbers (AVX-512 BF16) PyTorch's library compiles code for every shape, and reaches
+nine tenths of what these do; they take any shape as it comes, and add a product of low rank on the way, which is what an adapter
+needs (`lora.py`). Sums are in float32, rounded once, and do not depend on the number of threads.
+
+Shapes: M x K times K x N; a linear layer has M rows, K input and N output channels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sartor.kernels.native import operator, products_library
+
+LEAST_ROWS = 16
+"""Of a linear layer's input; with fewer, laying out the weight is most of the work."""
+_PANEL, _ROWS, _STEP = 64, 12, 32
+_MOST_DEPTH = 2048
+"""Numbers summed over with a panel of b in the second cache: 256 KiB."""
+_TASK_ROWS = 1008
+_PACKED_BYTES = 4 * 2**20
+"""Of rows that do not lie in memory one behind the other, laid out at a time."""
+_PIECES = 4
+"""Of work for each thread, at least: what one leaves, another takes."""
+
+
+class _Problem(ctypes.Structure):
+    """`struct problem` of matmul.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "more_a", "more_b", "bias", "c")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "more_k", "a_row", "b_row", "more_a_row", "more_b_row", "c_row")),
+        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned", "adds")),
+        *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "depth", "task_rows", "packed_rows")),
+        ("scale", ctypes.c_float),
+    )
+
+
+@functools.cache
+def _worth() -> int:
+    loaded = products_library()
+    return 0 if loaded is None else int(loaded.matmul_worth())
+
+
+def multiplies() -> bool:
+    """Whether this machine can: an instruction for it, and a compiler."""
+    return _worth() > 0
+
+
+def is_fastest() -> bool:
+    """Whether large products are faster than PyTorch's."""
+    return _worth() > 1
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these matrices lie in memory as `multiply` takes them."""
+    return multiplies() and all(
+        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and 1 in tensor.stride() for tensor in tensors
+    )
+
+
+def multiply(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    c_MN: Tensor | None = None,
+    *,
+    more: tuple[Tensor, Tensor] | None = None,
+    bias_N: Tensor | None = None,
+    scale: float = 1.0,
+    adds: bool = False,
+) -> Tensor:
+    """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given, or added to it.
+
+    Matrices are bfloat16, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
+    """
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    if c_MN is None:
+        c_MN = a_MK.new_empty(m, n)
+    if m and n:
+        depth = 0 if more is None else more[0].shape[1]
+        room = a_MK.new_empty(_Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes, dtype=torch.uint8)
+        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds)
+    return c_MN
+
+
+def product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, bias_N: Tensor | None = None) -> None:
+    """c = a b + bias by what is fastest here."""
+    if is_fastest() and takes(a_MK, b_KN, c_MN):
+        multiply(a_MK, b_KN, c_MN, bias_N=bias_N)
+    elif bias_N is None:
+        torch.mm(a_MK, b_KN, out=c_MN)
+    else:
+        torch.addmm(bias_N, a_MK, b_KN, out=c_MN)
+
+
+def _is_turned(matrix: Tensor) -> bool:
+    return matrix.stride(1) != 1
+
+
+class _Blocks:
+    """How a product is cut: what a task is, and the memory that all of them need beside the result."""
+
+    def __init__(self, *, depth: int, task_rows: int, packed_rows: int, thread_bytes: int, packed_bytes: int) -> None:
+        self.depth, self.task_rows, self.packed_rows, self.thread_bytes = depth, task_rows, packed_rows, thread_bytes
+        self.room_bytes = torch.get_num_threads() * thread_bytes + packed_bytes
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
+        rows = m
+        if turned:  # rows of a are laid out first, some thousand at a time
+            rows = min(_up(m, _ROWS), max(_PACKED_BYTES // (2 * _up(k, 2)) // _ROWS, 1) * _ROWS)
+        pieces = max(-(-_PIECES * torch.get_num_threads() // -(-n // _PANEL)), -(-rows // _TASK_ROWS))
+        task_rows = max(_up(-(-rows // pieces), _ROWS), _ROWS)
+        depth = min(_up(k, _STEP), _MOST_DEPTH)
+        thread_bytes = 2 * _PANEL * (depth + _up(more_k, _STEP))
+        if depth < k:
+            thread_bytes += 4 * _PANEL * task_rows
+        packed_bytes = 2 * rows * _up(k, 2) if turned else 0
+        return cls(depth=depth, task_rows=task_rows, packed_rows=rows, thread_bytes=thread_bytes, packed_bytes=packed_bytes)
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    room: Tensor | None,
+    bias: Tensor | None,
+    more_a: Tensor | None,
+    more_b: Tensor | None,
+    scale: float,
+    adds: bool,
+) -> None:
+    loaded = products_library()
+    if loaded is None or not multiplies():
+        raise RuntimeError("sartor::matmul_ has to be compiled for a processor with AVX-512 BF16")
+    (m, k), n = a.shape, b.shape[1]
+    more_k = 0 if more_a is None else more_a.shape[1]
+    blocks = _Blocks.of(m, n, k, more_k, turned=_is_turned(a))
+    room = torch.empty(blocks.room_bytes, dtype=torch.uint8) if room is None else room
+    places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c))
+    rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
+    problem = _Problem(
+        *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
+        torch.get_num_threads(), blocks.thread_bytes, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
+    )  # fmt: skip
+    loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
+
+
+matmul_ = operator(
+    "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale, "
+    "bool adds) -> ()",
+    _matmul,
+    lambda *_: None,
+)
+"""`multiply`, with the memory that it works in, if that is at hand."""
+
+
+# -- linear layers -------------------------------------------------------------------------------------------------------------
+
+
+def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """A forward for a plain linear layer in bfloat16; None for anything else, and where PyTorch's products are as fast."""
+    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not is_fastest():
+        return None
+    return functools.partial(_run, module)
+
+
+def _run(module: nn.Linear, x: Tensor) -> Tensor:
+    weight = module.weight
+    usual = x.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type) or not takes(weight)
+    if usual or math.prod(x.shape[:-1]) < LEAST_ROWS:
+        return nn.Linear.forward(module, x)
+    return linear(x, weight, module.bias)
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x … K, all bfloat16."""
+    result: Tensor = _Linear.apply(x, weight_NK, bias_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.save_for_backward(x_MK, weight_NK)
+        return multiply(x_MK, weight_NK.t(), bias_N=bias_N).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        x_MK, weight_NK = ctx.saved_tensors
+        gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
+        to_x = multiply(gradient_MN, weight_NK).view(*given[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        to_weight_NK = None
+        if ctx.needs_input_grad[1]:  # of results that are taller than wide PyTorch's products are faster
+            tall = weight_NK.shape[0] > weight_NK.shape[1]
+            to_weight_NK = torch.mm(gradient_MN.t(), x_MK) if tall else multiply(gradient_MN.t(), x_MK)
+        return to_x, to_weight_NK, gradient_MN.sum(0) if ctx.needs_input_grad[2] else None

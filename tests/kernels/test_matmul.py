@@ -1,0 +1,110 @@
+"""Products in bfloat16 by loops of our own: any shape, any layout, exact but for one rounding."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sartor.kernels.fuse import fuse, unfuse
+from sartor.kernels.matmul import LEAST_ROWS, is_fastest, linear, multiplies, multiply, product
+
+pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
+ROUNDING = 2**-8
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def laid(rows: int, columns: int, turned: bool) -> torch.Tensor:
+    return normal(columns, rows).t() if turned else normal(rows, columns)
+
+
+def near(found: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Rounded once: within half a unit in the last place, and what summing in float32 leaves."""
+    error = (found.double() - exact).abs()
+    return bool((error <= ROUNDING * exact.abs() + 1e-5 * exact.abs().max()).all())
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1, 16, 2),
+        (5, 20, 30),
+        (100, 200, 96),
+        (37, 34, 51),
+        (7, 3, 5),
+        (49, 130, 64),
+        (16, 18, 4103),
+        (1100, 80, 33),
+        (3, 530, 9),
+    ],
+)
+@pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=3)))
+def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, bool]) -> None:
+    torch.manual_seed(0)
+    a, b, c = laid(m, k, turned[0]), laid(k, n, turned[1]), laid(m, n, turned[2])
+    assert near(multiply(a, b, c), a.double() @ b.double())
+    more, bias = (normal(m, 15), laid(15, n, turned[1])), normal(n)
+    exact = (a.double() @ b.double() + more[0].double() @ more[1].double()) * 0.5 + bias.double()
+    multiply(a, b, c, more=more, bias_N=bias, scale=0.5)
+    assert near(c, exact)
+    if not turned[2]:
+        before = c.double()
+        multiply(a, b, c, more=more, bias_N=bias, scale=0.5, adds=True)
+        assert near(c, exact + before)
+
+
+def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone() -> None:
+    torch.manual_seed(0)
+    a, b, threads = normal(130, 70), normal(70, 90), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        room = torch.zeros(132, 96, dtype=torch.bfloat16)
+        multiply(a, b, room[1:131, :90])
+        assert not any(part.any() for part in (room[0], room[131], room[:, 90:]))
+        found.append(room)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_nothing_to_sum_up_and_nothing_to_compute() -> None:
+    bias = normal(5)
+    assert multiply(normal(0, 4), normal(4, 5)).shape == (0, 5)
+    result = torch.empty(3, 5, dtype=torch.float32)
+    product(torch.ones(3, 2), torch.ones(2, 5), result, bias.float())  # of another format: PyTorch's
+    torch.testing.assert_close(result, 2 + bias.float().expand(3, 5))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_and_its_gradients(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, constant, gradient = normal(2, 25, 34), normal(21, 34), normal(21) if bias else None, normal(2, 25, 21)
+    given = [tensor.requires_grad_() for tensor in (x, weight, constant) if tensor is not None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    found, expected = linear(*given), F.linear(*exact)
+    assert near(found, expected.detach())
+    for one, other in zip(
+        torch.autograd.grad(found, given, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
+    ):
+        assert (one.double() - other).norm() < 5e-3 * other.norm()
+
+
+@pytest.mark.skipif(not is_fastest(), reason="PyTorch's products are faster here")
+def test_layers_of_a_model_take_part_and_give_it_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32, bias=False)).to(torch.bfloat16)
+    mixed = nn.Linear(32, 32)
+    assert fuse(model) == {"linear layers": 2}
+    assert fuse(mixed) == {}
+    x = normal(LEAST_ROWS, 32)
+    usual = F.linear(F.linear(x, model[0].weight, model[0].bias), model[1].weight)
+    torch.testing.assert_close(model(x), usual, atol=2e-2, rtol=2e-2)
+    assert torch.equal(model(x[:2]), F.linear(F.linear(x[:2], model[0].weight, model[0].bias), model[1].weight))
+    unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
