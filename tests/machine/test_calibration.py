@@ -313,4 +313,4 @@ def test_the_clock_takes_the_time_of_the_device_when_it_is_left_alone(monkeypatc
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 4
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 5
