@@ -311,8 +311,8 @@ def replay(
     streams = streams or {}
     allocator = Allocator(config)
     malloc, free = allocator.malloc, allocator.free
-    at_requested = at_allocated = at_active = at_reserved = Moment(total_bytes=0, event=0, phase="")
-    unused = 0
+    at_requested = at_allocated = at_active = at_reserved = 0
+    requested = allocated = active = reserved = unused = 0
     out_of_memory = None
     timeline = _Timeline(len(events), timeline_points)
     for place, event in enumerate(events):
@@ -324,24 +324,28 @@ def replay(
                 malloc(event.storage, size, streams.get(event.storage, 0))
             except OutOfMemory as found:
                 out_of_memory = Moment(total_bytes=found.size_bytes, event=place, phase=event.phase)
-            if allocator.peak_requested > at_requested.total_bytes:
-                at_requested = Moment(total_bytes=allocator.peak_requested, event=place, phase=event.phase)
-            if allocator.peak_allocated > at_allocated.total_bytes:
-                at_allocated = Moment(total_bytes=allocator.peak_allocated, event=place, phase=event.phase)
-            if allocator.peak_active > at_active.total_bytes:
-                at_active = Moment(total_bytes=allocator.peak_active, event=place, phase=event.phase)
-            if allocator.peak_reserved > at_reserved.total_bytes:
-                at_reserved = Moment(total_bytes=allocator.peak_reserved, event=place, phase=event.phase)
-                unused = allocator.peak_reserved - allocator.allocated
+            if allocator.peak_requested > requested:
+                requested, at_requested = allocator.peak_requested, place
+            if allocator.peak_allocated > allocated:
+                allocated, at_allocated = allocator.peak_allocated, place
+            if allocator.peak_active > active:
+                active, at_active = allocator.peak_active, place
+            if allocator.peak_reserved > reserved:
+                reserved, at_reserved = allocator.peak_reserved, place
+                unused = reserved - allocator.allocated
             if out_of_memory is not None:
                 break
         if timeline_points:
             timeline.note(place, allocator.allocated, allocator.reserved)
+
+    def moment(size: int, place: int) -> Moment:
+        return Moment(total_bytes=size, event=place, phase=events[place].phase if size else "")
+
     return Reserved(
-        requested=at_requested,
-        allocated=at_allocated,
-        active=at_active,
-        reserved=at_reserved,
+        requested=moment(requested, at_requested),
+        allocated=moment(allocated, at_allocated),
+        active=moment(active, at_active),
+        reserved=moment(reserved, at_reserved),
         final_reserved_bytes=allocator.reserved,
         unused_bytes=unused,
         out_of_memory=out_of_memory,

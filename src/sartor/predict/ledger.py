@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -81,8 +82,9 @@ class Ledger:
         makers: dict[int, str] = {}
         for event in self.events[: at + 1]:
             by_kind[self.kinds.get(event.storage, "activations")] += event.size_bytes
-            maker = makers.setdefault(event.storage, _maker(event))
-            by_module[maker] += event.size_bytes
+            if event.storage not in makers:
+                makers[event.storage] = _maker(event)
+            by_module[makers[event.storage]] += event.size_bytes
         if not self.events:
             return Peak(total_bytes=0, phase="", by_kind=dict(by_kind))
         last = self.events[at]
@@ -98,7 +100,12 @@ class Ledger:
 
 def _maker(event: Event) -> str:
     """Who made a storage: a module, its index left out, or what runs outside of modules."""
-    if event.module:
-        return _INDEX.sub(".*", event.module.removeprefix("base_model.model."))  # PEFT's wrapping says nothing
-    stage = event.phase.partition(": ")[2]
+    return _named(event.module, event.phase)
+
+
+@functools.cache
+def _named(module: str, phase: str) -> str:
+    if module:
+        return _INDEX.sub(".*", module.removeprefix("base_model.model."))  # PEFT's wrapping says nothing
+    stage = phase.partition(": ")[2]
     return {"": "weights", "update": "optimizer update", "forward and backward": "loss and backward"}.get(stage, stage)

@@ -53,6 +53,7 @@ class StorageTracker(TorchDispatchMode):
         lone_holders()  # asked before a backward pass runs
         self._sizes: dict[int, int] = {}
         self._serials: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._count = 0
 
     @classmethod
@@ -141,7 +142,7 @@ class StorageTracker(TorchDispatchMode):
         key = storage._cdata
         self._sizes[key], self._serials[key], self._units[key] = storage.nbytes(), serial, unit
         self._created[key] = len(self.ledger.events)
-        weakref.finalize(storage, self._free, key)
+        self._watched[key] = weakref.ref(storage, lambda _: self._free(key))
 
     def resized(self, tensor: torch.Tensor) -> None:
         """A storage that is known has another size now."""
@@ -318,9 +319,9 @@ class StorageTracker(TorchDispatchMode):
     def _free(self, key: int) -> None:
         if self._closed or key not in self._sizes:  # or it was forgotten before it died
             return
-        unit = self._units.pop(key) if self._unit == OUTSIDE else self._unit
-        self._units.pop(key, None)
-        del self._created[key]
+        own = self._units.pop(key)
+        del self._created[key], self._watched[key]
+        unit = own if self._unit == OUTSIDE else self._unit
         self._append(self._serials.pop(key), -self._sizes.pop(key), unit)
 
     def _note_scratch(self, size_bytes: int) -> None:
@@ -331,7 +332,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _append(self, serial: int, size_bytes: int, unit: int) -> None:
         module = self._modules[-1] if self._modules else ""
-        self.ledger.events.append(Event(storage=serial, size_bytes=size_bytes, phase=self.phase, module=module, unit=unit))
+        self.ledger.events.append(Event(serial, size_bytes, self.phase, module, unit))
 
 
 def _grouped_mm(first: torch.Tensor, second: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
