@@ -19,7 +19,7 @@ aten = torch.ops.aten
 @pytest.fixture
 def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(results, "_RECIPES", {})
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return results.fake_mode()
 
 
 def told(result: Any, operands: list[Any]) -> Any:
@@ -42,6 +42,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
+META = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
 CALLS: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
     "product": (aten.mm.default, lambda: [empty(3, 4), empty(6, 4).t()], {}),
     "in place": (aten.add_.Tensor, lambda: [empty(3, 4), empty(4)], {"alpha": 2}),
@@ -54,6 +55,7 @@ CALLS: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
     "without a result": (aten._foreach_mul_.Scalar, lambda: [[empty(3), empty(4)], 0.5], {}),
     "a factory": (aten.empty.memory_format, lambda: [[3, 4]], {"device": torch.device("cpu"), "pin_memory": False}),
     "looked up": (aten.index.Tensor, lambda: [empty(5, 4), [empty(3, dtype=torch.int64)]], {}),
+    "a model that is made": (aten.empty_like.default, lambda: [META], {"device": torch.device("cpu")}),
     "a list": (aten.cat.default, lambda: [[empty(1, 4), empty(2, 4)]], {}),
 }
 

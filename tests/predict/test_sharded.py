@@ -130,6 +130,18 @@ def test_a_shard_of_everything_is_smaller_than_everything() -> None:
     assert peaks[2] == pytest.approx(peaks[0] / 8, rel=0.01)
 
 
+def test_ranks_without_a_part_of_a_parameter() -> None:
+    """The first rank's parts are those that PyTorch cuts where ranks outnumber a parameter's rows, empty parts and all."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param
+
+    weight = torch.empty(6, 2, device="meta")
+    with fake_world(Layout(shard=64)):
+        for ranks in (4, 64):
+            parts = _fsdp_param._chunk_with_empty(weight, ranks, dim=0)
+            assert [part.shape for part in parts] == [part.shape for part in _fsdp_common._chunk_with_empty(weight, ranks, dim=0)]
+    assert _fsdp_param._chunk_with_empty is _fsdp_common._chunk_with_empty
+
+
 def test_no_second_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(JobError, match="inside a distributed run"), fake_world(Layout(shard=2)):

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sartor.model.build import quiet
 from sartor.model.regions import Reduction
 from sartor.predict.ledger import Event, Ledger
 from sartor.predict.repeat import expand
+from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
 from sartor.predict.trace import _materialise, _quiet_logs, _tag_weights, _values_allowed
 from sartor.predict.tracker import OUTSIDE, StorageTracker
@@ -102,7 +103,7 @@ class GenerationTracer:
         """`reduction`: what was left out of `model`; ledgers are of the whole one all the same."""
         self._model: Any = model.eval()
         self._reduction = reduction or Reduction()
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_mode()
         self._tracker = GenerationTracker(target=target)
         with self._tracing():
             _materialise(model)

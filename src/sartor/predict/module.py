@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.errors import ModelError
 from sartor.predict.ledger import Ledger, Peak
+from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
 from sartor.predict.trace import PASSES, _materialise, _quiet_logs, _values_allowed
 from sartor.predict.tracker import StorageTracker
@@ -45,7 +46,7 @@ def trace_module(
     try:
         with torch.device("meta"):
             module = make_module()
-        with _quiet_logs(), FakeTensorMode(allow_non_fake_inputs=True), _values_allowed(), tracker, _NoValues(tracker):
+        with _quiet_logs(), fake_mode(), _values_allowed(), tracker, _NoValues(tracker):
             _materialise(module)
             run_module_steps(tracker, module, lambda: pytree.tree_map_only(Tensor, _blank, sample), loss, optimizer)
             tracker.close()

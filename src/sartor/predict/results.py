@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import Parameter
 
 from sartor.predict.operators import tensors_of
 
@@ -57,6 +58,13 @@ _RECIPES: dict[Any, _Recipe | None] = {}
 """By key; None for calls that have to run. For all traces of this process, as PyTorch's own memory of results is."""
 
 
+def fake_mode() -> FakeTensorMode:
+    """A mode for a trace, without a memory of its own: what it is asked, it is asked once."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False
+    return mode
+
+
 class Results:
     """Results of operators on the tensors of one fake mode."""
 
@@ -76,6 +84,8 @@ class Results:
         except _NotAlike:
             return None
         if _makes_view(func):  # of a storage that may have been given back
+            if type(args[0]) is not FakeTensor:
+                return None
             key.append(args[0].untyped_storage().nbytes())
         elif func is _INDEX and any(index is not None and index.dtype in _MASKS for index in args[1]):
             return None
@@ -106,6 +116,8 @@ class Results:
             return kind, value  # 1, 1.0 and True are equal
         if kind is list or kind is tuple:
             return kind, *map(self._look, value)
+        if (kind is Tensor or kind is Parameter) and value.is_meta:  # a model that is about to be made
+            return kind, value.shape, value.stride(), value.dtype
         raise _NotAlike
 
     def _make(self, part: _Made | int | None, args: Any) -> Tensor | None:

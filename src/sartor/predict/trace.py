@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sartor.data.pack import Batch
 from sartor.model.regions import Reduction
 from sartor.predict.ledger import PAGED, Ledger
+from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
 from sartor.predict.tracker import OUTSIDE, StorageTracker
 from sartor.predict.world import wrappers_watched
@@ -52,7 +52,7 @@ def trace_steps(
     resizes = wrappers_watched(tracker) if sharded else contextlib.nullcontext()
     with (
         _quiet_logs(),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        fake_mode(),
         _values_allowed(),
         resizes,
         tracker,

@@ -75,6 +75,9 @@ class StorageTracker(TorchDispatchMode):
         if any(kind is not FakeTensor and kind.__name__ in _WRAPPERS for kind in types):
             return NotImplemented  # it comes again, with the local tensors
         kwargs = kwargs or {}
+        if func.namespace == "profiler":  # FSDP2 and optimizers say what they are at
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **kwargs)
         if self._blind:
             return func(*args, **kwargs)
         if func is _WAIT:
@@ -315,6 +318,7 @@ class StorageTracker(TorchDispatchMode):
     def close(self) -> None:
         """The ledger is complete: what dies from now on is not noted."""
         self._closed = True
+        self._watched.clear()
 
     def _free(self, key: int) -> None:
         if self._closed or key not in self._sizes:  # or it was forgotten before it died

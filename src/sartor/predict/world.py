@@ -40,10 +40,30 @@ def fake_world(layout: Layout, *, rank: int = 0) -> Iterator[DeviceMesh | None]:
 
     dist.init_process_group("fake", rank=rank, world_size=layout.devices, store=FakeStore())
     try:
-        yield make_mesh(layout, "cpu")
+        with _empty_parts_shared():
+            yield make_mesh(layout, "cpu")
     finally:
         dist.destroy_process_group()
         forget_meshes()
+
+
+@contextlib.contextmanager
+def _empty_parts_shared() -> Iterator[None]:
+    """FSDP2 cuts each parameter into parts for all ranks and keeps that of its own. Of hundreds of ranks most get nothing of a
+    small parameter; here all these have one empty part together."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def cut(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
+        parts = list(torch.chunk(tensor, num_chunks, dim=dim))
+        return parts if len(parts) == num_chunks else parts + [parts[0].new_empty(0)] * (num_chunks - len(parts))
+
+    owner, name = _fsdp_param, "_chunk_with_empty"
+    usual = getattr(owner, name)
+    setattr(owner, name, cut)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
 
 
 def forget_meshes() -> None:
