@@ -88,10 +88,8 @@ def divide(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     return model
 
 
-def check_job(job: Job, layout: Layout) -> None:
+def check_job(job: Job) -> None:
     """Raises JobError for what is not supported with shared tokens."""
-    if layout.tensor > 1:
-        raise JobError("tensor and context parallelism together are not forecast yet", remedy=f"strategy.tensor=1, or {WITHOUT}")
     if traits(job).virtual_tokens:
         raise JobError(
             f"method {job.method} puts virtual tokens before every row, whose tokens cannot be shared then", remedy=WITHOUT

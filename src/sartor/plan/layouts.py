@@ -53,11 +53,10 @@ def possible_layouts(wanted: StrategyJob, machine: Machine, *, global_batch: int
 
 
 def _tensors(wanted: StrategyJob, machine: Machine) -> list[int]:
-    """Powers of two within a node; one where rows are shared, which is not done to parts of layers yet."""
+    """Powers of two within a node."""
     if wanted.tensor != "auto":
         return [wanted.tensor]
-    most = machine.devices_per_node if wanted.context == 1 else 1
-    return [size for size in (1, 2, 4, 8, 16) if size <= most and machine.devices_per_node % size == 0]
+    return [size for size in (1, 2, 4, 8, 16) if machine.devices_per_node % size == 0]
 
 
 def _replicas(wanted: StrategyJob, machine: Machine) -> list[int]:

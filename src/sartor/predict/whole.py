@@ -64,7 +64,7 @@ def trace_job(
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
-        check_job(job, layout)
+        check_job(job)
         own = fullest_rank((later or batches)[0], layout.context) if context_rank is None else context_rank
         rank, batches, later = own * layout.tensor, *_shared_tokens(batches, later, own, layout.context)
     if layout.wrapped:
