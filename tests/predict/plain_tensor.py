@@ -55,8 +55,18 @@ def plain_plan(model: nn.Module, mesh: DeviceMesh, *, sequence: bool, adapter: b
     if sequence and "model.norm" in there:
         gathered = tp.PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=WHOLE)
         tp.parallelize_module(model, mesh, {"model.norm": gathered})
+    for path, module in model.named_modules():
+        if path.endswith(".base_layer"):
+            module.register_forward_hook(wait)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+
+
+def wait(_: nn.Module, inputs: Any, output: Any) -> None:
+    """For a sum that a recomputation would leave behind, and PyTorch would keep."""
+    sum_ = getattr(output, "_local_tensor", output)
+    if isinstance(sum_, collectives.AsyncCollectiveTensor):
+        sum_.trigger_wait()
 
 
 def alike(module: nn.Module, mesh: DeviceMesh, *, outputs: int = 1) -> tp.ParallelStyle:

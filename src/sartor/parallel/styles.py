@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -45,6 +46,14 @@ def adapter_styles(rule: str, stream: Placement) -> tuple[ParallelStyle, Paralle
     if rule in COLWISE:
         return Whole(Replicate()), style_of(rule, stream)
     return style_of(rule, stream), Whole(stream, local=stream.is_replicate())
+
+
+def settle(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Hook of a layer beside an adapter: wait for the sum that is on its way. A recomputation may end before anybody needs it,
+    and what nobody waited for PyTorch keeps (2.13)."""
+    local = output._local_tensor if isinstance(output, DTensor) else output
+    if isinstance(local, AsyncCollectiveTensor):
+        local.trigger_wait()
 
 
 class Whole(ParallelStyle):

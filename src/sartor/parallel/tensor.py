@@ -33,6 +33,7 @@ from sartor.parallel.styles import (
     GatherTokens,
     Whole,
     adapter_styles,
+    settle,
     style_of,
 )
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _WITHOUT = "strategy.tensor=1, and strategy.shard for more devices"
+_BASE = ".base_layer"
+"""Where PEFT puts the layer that an adapter is beside."""
 _INSIDE_ADAPTER = re.compile(r"\.lora_\w+\.")
 _WEIGHTS_OF_EXPERTS = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise"}
 
@@ -69,6 +72,8 @@ def split(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
         parallelize_module(module, mesh["tensor"], style, src_data_rank=None)
         for name, trained in trains.items():
             module.get_parameter(name).requires_grad_(trained)
+        if path.endswith(_BASE):
+            module.register_forward_hook(settle)
     if layout.wrapped:  # FSDP2 says so of any local part of a DTensor; nobody writes into the logits in place
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     if anatomy.tied:
@@ -140,7 +145,7 @@ def _check_rest(model: nn.Module, plan: dict[str, str]) -> None:
     for path, module in model.named_modules():
         if _INSIDE_ADAPTER.search(path):
             continue
-        path = path.removesuffix(".base_layer")
+        path = path.removesuffix(_BASE)
         parent, _, name = path.rpartition(".")
         if path in plan:
             if not isinstance(_layer(model, path), nn.Linear) and plan[path] not in (NORM_OF_HEADS, EXPERTS):
@@ -228,7 +233,7 @@ def _layer_styles(model: nn.Module, path: str, rule: str, stream: Placement) -> 
     module: Any = model.get_submodule(path)
     if not hasattr(module, "lora_A"):
         return {path: style_of(rule, stream)}
-    styles = {f"{path}.base_layer": style_of(rule, stream)}
+    styles = {f"{path}{_BASE}": style_of(rule, stream)}
     for name in module.lora_A:
         styles[f"{path}.lora_A.{name}"], styles[f"{path}.lora_B.{name}"] = adapter_styles(rule, stream)
     return styles
