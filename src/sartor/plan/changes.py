@@ -66,7 +66,7 @@ def _forecasts(setting: Setting, strategy: Strategy) -> Iterator[tuple[str, Memo
             return
         if words == QLORA and enough and strategy.layout.shared > 1:
             continue  # devices share the frozen weights already: 4 bits of them save little, and a trace takes seconds
-        forecast = forecast_of(changed, other)
+        forecast = forecast_of(changed, other, brief=True)
         enough = enough or forecast.verdict in ("fits", "tight")
         yield words, forecast
 

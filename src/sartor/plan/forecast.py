@@ -15,9 +15,9 @@ from sartor.predict.heap import LOADED_BYTES
 from sartor.predict.whole import Traces
 
 
-def forecast_of(setting: Setting, strategy: Strategy, *, known: Traces | None = None) -> MemoryForecast:
+def forecast_of(setting: Setting, strategy: Strategy, *, known: Traces | None = None, brief: bool = False) -> MemoryForecast:
     """Of the run's largest steps and, where the allocator's segments do not expand, of the order of all of them. `known`: traces
-    for strategies that differ from this one in how many blocks recompute only."""
+    for strategies that differ from this one in how many blocks recompute only. `brief`: as in `forecast_memory`."""
     forecast = forecast_memory(
         setting.job,
         setting.source,
@@ -31,6 +31,7 @@ def forecast_of(setting: Setting, strategy: Strategy, *, known: Traces | None = 
         expandable_segments=strategy.expandable_segments,
         processes=strategy.processes,
         known=known,
+        brief=brief,
     )
     forecast = with_loading(setting, forecast)
     return with_drift(setting, strategy, forecast) if strategy.layout.devices == 1 else forecast

@@ -141,11 +141,13 @@ def forecast_memory(
     processes: int = 1,
     recomputed: int | None = None,
     known: Traces | None = None,
+    brief: bool = False,
 ) -> MemoryForecast:
     """Trace the two steps of `work`, replay the device's allocator, and compare with the device's memory.
 
     Over several devices: of the rank that needs most; the others are in its `ranks`. Of several processes on a CPU: of the first,
     where `machine` is its part; memory that they share counts where it is written. `recomputed`, `known`: as in `trace_job`.
+    `brief`: without a picture of the step, and where memory runs out on an accelerator, with the numbers of that moment.
     """
     options: dict[str, Any] = {
         "precision": precision,
@@ -155,7 +157,8 @@ def forecast_memory(
         "layout": layout or Layout(),
     }
     with collector_paused():
-        return _forecast(job, source, machine, work, expandable_segments, {"known": known, "processes": processes}, options)
+        single = {"known": known, "processes": processes}
+        return _forecast(job, source, machine, work, expandable_segments, single, options, brief=brief)
 
 
 @contextlib.contextmanager
@@ -178,6 +181,8 @@ def _forecast(
     expandable_segments: bool,
     single: dict[str, Any],
     options: dict[str, Any],
+    *,
+    brief: bool,
 ) -> MemoryForecast:
     start = time.perf_counter()
     target, layout, precision = Target.of(machine.device), options["layout"], options["precision"]
@@ -202,8 +207,10 @@ def _forecast(
         surroundings = dataclasses.replace(
             surroundings, baseline_bytes=surroundings.baseline_bytes + _products_bytes(ledgers[0][1], work.widths)
         )
-    ranks = [_of_rank(rank, ledger, target, surroundings, expandable_segments, work.steps) for rank, ledger in ledgers]
-    fullest = max(ranks, key=lambda forecast: forecast.process_bytes or 0)
+    ranks = [
+        _of_rank(rank, ledger, target, surroundings, expandable_segments, work.steps, brief=brief) for rank, ledger in ledgers
+    ]
+    fullest = max(ranks, key=lambda forecast: (forecast.verdict == "does not fit", forecast.process_bytes or 0))
     host = _host_bytes(job, source, precision) if target.kind != "cpu" and layout.devices == 1 else None
     paged = max(ledger.paged_bytes for _, ledger in ledgers)
     seconds = time.perf_counter() - start
@@ -244,7 +251,14 @@ class _Surroundings:
 
 
 def _of_rank(
-    rank: int, ledger: Ledger, target: Target, around: _Surroundings, expandable_segments: bool, steps: int
+    rank: int,
+    ledger: Ledger,
+    target: Target,
+    around: _Surroundings,
+    expandable_segments: bool,
+    steps: int,
+    *,
+    brief: bool,
 ) -> MemoryForecast:
     """The forecast of one device, from its ledger."""
     peak, baseline, available = ledger.peak(), around.baseline_bytes, around.available_bytes
@@ -254,7 +268,7 @@ def _of_rank(
         config = AllocatorConfig(capacity_bytes=max(available - baseline, 0), expandable_segments=expandable_segments)
         reserved = replay(events, config, timeline_points=3 * MOST_POINTS)
         out_of_memory = reserved.out_of_memory
-        if out_of_memory is not None:  # what it would take: the numbers of a card without limit
+        if out_of_memory is not None and not brief:  # what it would take: the numbers of a card without limit
             config = AllocatorConfig(expandable_segments=expandable_segments)
             reserved = dataclasses.replace(replay(events, config), out_of_memory=out_of_memory)
         held = [(place - len(events) + len(ledger.events), size) for place, _, size in reserved.timeline]
@@ -276,7 +290,7 @@ def _of_rank(
         reserved_bytes=reserved.reserved.total_bytes if reserved else None,
         process_bytes=baseline + tensors,
         trace_seconds=0.0,
-        timeline=make_timeline(ledger, held=held),
+        timeline=None if brief else make_timeline(ledger, held=held),
     )
 
 
