@@ -69,10 +69,12 @@ def test_what_cannot_fit_is_refused_with_what_would_help(job_tree: dict[str, Any
     roomy = sartor.plan({**job_tree, "machine": "L40S-48GB", "strategy": {"micro_batch": 1, "recompute": "full"}})
     limit = roomy.forecast.process_bytes
     assert limit is not None
+    machine = {"name": "L40S-48GB", "device_memory": limit - 120 * 2**20}
     with pytest.raises(DoesNotFit, match="does not fit") as refused:
-        sartor.plan({**job_tree, "machine": {"name": "L40S-48GB", "device_memory": limit - 120 * 2**20}})
+        sartor.plan({**job_tree, "machine": machine, "strategy": {"placement": "device"}})
     said = str(refused.value)
     assert said.index("precision=bf16: ") < said.index("method=lora: "), "the cheapest first"
+    assert re.search(r"strategy.placement=auto: .*iB, and .*iB of main memory", said)
     needed = in_mib(re.search(r"it needs (.*?) of", said)[1])
     for change in ("precision=bf16", "method=lora"):
         total, saved = re.search(rf"{change}: (.*?), saves (.*?)(;|$)", said, re.MULTILINE).groups()[:2]

@@ -43,8 +43,9 @@ def job(tmp_path: Path) -> dict[str, Any]:
 
 
 def planned(job: dict[str, Any], room: int, **strategy: Any) -> Plan | None:
+    machine = {"name": job["machine"], "device_memory": room}
     try:
-        return sartor.plan({**job, "machine": {"name": job["machine"], "device_memory": room}, "strategy": strategy or "auto"})
+        return sartor.plan({**job, "machine": machine, "strategy": {"placement": "device", **strategy}})
     except DoesNotFit:
         return None
 

@@ -216,11 +216,11 @@ class StrategyJob:
         "ones; `auto`: as few as let the job fit",
         at_least=1,
     )
-    placement: Literal["auto", "device", "disk"] = option(
+    placement: Literal["auto", "device", "host", "disk"] = option(
         "auto",
-        "on a CPU, where weights, gradients and optimizer state live while nothing computes with them: device (in memory), disk "
-        "(a file in TMPDIR, or in the run's folder where that is in memory; the result is the same to the bit); `auto`: as "
-        "little on disk as lets the job fit",
+        "where weights, gradients and optimizer state live while nothing computes with them: device (what computes), host (main "
+        "memory below an accelerator), disk (a file in TMPDIR, or in the run's folder where that is in memory); `auto`: as "
+        "little elsewhere as lets the job fit. On a CPU the result is the same to the bit",
     )
     attention: Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"] = option(
         "auto",

@@ -66,6 +66,18 @@ class Reduction:
     pattern: tuple[Any, ...] = ()
     """What is kept, in order: reductions of one model with the same pattern differ in how often units are repeated only."""
 
+    def numbers(self) -> dict[int, int]:
+        """Tag → place of the unit among those of the whole model; of a repeated one, of the first that it stands for."""
+        found, place = {}, 0
+        for tag in sorted(self.units):
+            found[tag] = place
+            place += self.times(tag)
+        return found
+
+    def blocks(self) -> list[int]:
+        """How many layers each unit of the whole model has."""
+        return [len(self.units[tag]) for tag in sorted(self.units) for _ in range(self.times(tag))]
+
     def times(self, tag: int) -> int:
         """How many units of the whole model a kept one stands for."""
         region = next((region for region in self.regions if region.holds(tag)), None)
@@ -90,26 +102,36 @@ class Reduction:
         return total
 
 
-def reduce_depth(model: nn.Module, *, edge: int = EDGE) -> Reduction:
+def reduce_depth(model: nn.Module, *, edge: int = EDGE, singles: bool = False) -> Reduction:
     """Remove repeated layers from `model` (on the meta device), in place; its configuration follows. Without neighbours on both
-    sides of the unit that stands for the others (`edge` 1) a trace cannot tell whether it may."""
+    sides of the unit that stands for the others (`edge` 1) a trace cannot tell whether it may. `singles`: layers that belong to
+    no region are units as well, of one layer each."""
     reduction = Reduction()
     for stack in dissect(model).stacks:
         layers = model.get_submodule(stack.path)
         assert isinstance(layers, nn.ModuleList | nn.Sequential)
         owner = model.get_submodule(stack.path.rpartition(".")[0])
-        _reduce_stack(reduction, layers, getattr(owner, "config", None), edge)
+        _reduce_stack(reduction, layers, getattr(owner, "config", None), edge, singles)
     return reduction
 
 
-def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any, edge: int) -> None:
+def every_layer(model: nn.Module) -> Reduction:
+    """Nothing is left out, and each layer is a unit."""
+    layers = [layer for stack in dissect(model).stacks for layer in model.get_submodule(stack.path).children()]
+    return Reduction(units={tag: [layer] for tag, layer in enumerate(layers)})
+
+
+def _reduce_stack(reduction: Reduction, layers: nn.ModuleList | nn.Sequential, config: Any, edge: int, singles: bool) -> None:
     members, lists = list(layers), _per_layer(config, len(layers))
     signatures = [(signature(layer), *(str(values[at]) for values in lists.values())) for at, layer in enumerate(members)]
     kept: list[int] = []
     for start, period, count in find_regions(signatures if not _share_parameters(members) else list(range(len(members)))):
         if count <= KEPT:
             span = range(start, start + period * count)
-            reduction.singles += [members[at] for at in span]
+            if singles:
+                reduction.units |= {len(reduction.units) + place: [members[at]] for place, at in enumerate(span)}
+            else:
+                reduction.singles += [members[at] for at in span]
             reduction.pattern += tuple(signatures[at] for at in span)
             kept += span
             continue

@@ -37,12 +37,7 @@ from torch import Tensor, nn
 
 from sartor.placement.pinned import PinnedTier
 from sartor.placement.tiers import Copy, HostTier, Mover, Region, Tier
-from sartor.plan.table import SPAN, WORKERS
-
-ACTIVATIONS_IN_FLIGHT = 2**30
-"""Bytes of activations that may be on their way to main memory before the device waits."""
-DEVICE_BUFFER_BYTES = 3 * 2 * WORKERS * SPAN
-"""What a disk below an accelerator takes of main memory."""
+from sartor.plan.table import ACTIVATIONS_IN_FLIGHT, SPAN
 
 Way = Literal["in", "out"]
 

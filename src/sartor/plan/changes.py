@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sartor.errors import DoesNotFit
 from sartor.job.schema import QuantiseJob
 from sartor.job.units import format_bytes
 from sartor.methods import traits
 from sartor.plan.forecast import forecast_of
+from sartor.plan.offload import Offload
+from sartor.plan.offload_ground import Missing, asks_for_offload, cannot_offload
 from sartor.plan.placed import Shortfall
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
@@ -26,25 +28,61 @@ Change = tuple[str, Setting, Strategy]
 
 
 def does_not_fit(
-    setting: Setting, smallest: Strategy, forecast: MemoryForecast, shortfall: Shortfall | None = None
+    setting: Setting,
+    smallest: Strategy,
+    forecast: MemoryForecast,
+    shortfall: Shortfall | None = None,
+    missing: Missing | None = None,
 ) -> DoesNotFit:
     """The error, with what would make the job fit: each change forecast with the smallest strategy that was tried. `shortfall`:
-    what is missing with everything on disk."""
+    what is missing with everything on disk; `missing`: with everything below an accelerator that can be there."""
+    pinned = asks_for_offload(setting)
+    tried: Iterable[tuple[str, MemoryForecast]] = () if pinned else _forecasts(setting, smallest)
     helps = [
-        f"{words}: {_room(changed, forecast.process_bytes)}"
-        for words, changed in _forecasts(setting, smallest)
-        if changed.verdict in ("fits", "tight")
+        f"{words}: {_room(changed, forecast.process_bytes)}" for words, changed in tried if changed.verdict in ("fits", "tight")
     ]
+    helps += ["strategy.placement=auto"] if pinned else []
     why = f"the smallest strategy tried is: {smallest.describe()}"
     if shortfall is not None:
         alone = f"{shortfall.row} alone takes {format_bytes(shortfall.row_bytes)} while it is updated"
         why += f"; with everything on disk, {alone}"
         helps.append(f"machine.host_memory={math.ceil(shortfall.memory_bytes / 2**20)}MiB, where this machine has that much")
+    words, help_ = _below(setting, smallest, missing)
+    why += words
+    helps += [help_] if help_ else []
     return DoesNotFit(
         f"this job does not fit on {setting.machine.device.torch_name}: it {forecast.reason}",
         why=why,
         remedy="; or ".join(helps) or "a smaller model, or a device with more memory: nothing that was tried alone is enough",
     )
+
+
+def _below(setting: Setting, smallest: Strategy, missing: Missing | None) -> tuple[str, str]:
+    """What there is to say of main memory and disk below an accelerator: why they are not enough, and what would be."""
+    if setting.machine.device.kind == "cpu":
+        return "", ""
+    if reason := cannot_offload(setting):
+        return f"; nothing goes to main memory: {reason}", ""
+    if missing is None:
+        return "", _with_placement(setting, smallest)
+    if missing == Missing():
+        return "", ""
+    if missing.host_bytes:
+        there = format_bytes(setting.machine.host.available_bytes)
+        memory = f"machine.host_memory={math.ceil(missing.host_bytes / 2**20)}MiB, where the machine has that much"
+        return f"; main memory below it has {there}, and {format_bytes(missing.host_bytes)} would be enough", memory
+    needed = format_bytes(missing.device_bytes)
+    return f"; with all below it that can be there, the device would still have to have {needed}", ""
+
+
+def _with_placement(setting: Setting, smallest: Strategy) -> str:
+    """What an accelerator would need that keeps all by order, if it did not."""
+    job = dataclasses.replace(setting.job, strategy=dataclasses.replace(setting.job.strategy, placement="auto"))
+    found = Offload(dataclasses.replace(setting, job=job)).find([smallest])
+    if found is None or found.forecast.process_bytes is None:
+        return ""
+    device, host = (format_bytes(size or 0) for size in (found.forecast.process_bytes, found.forecast.host_bytes))
+    return f"strategy.placement=auto: {device}, and {host} of main memory"
 
 
 def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> str:

@@ -63,6 +63,10 @@ class Estimator:
             return sketch.peak_bytes(strategy.micro_batch, accumulated=accumulated)
         return self._sharded_bytes(sketch, strategy, accumulated=accumulated)
 
+    def others(self, strategy: Strategy) -> tuple[int, int]:
+        """Bytes of what is no weight, gradient or optimizer state, at most: in the passes, and in the update. Of one device."""
+        return self._sketch_of(strategy).activation_peaks(strategy.micro_batch)
+
     def time(self, strategy: Strategy) -> TimeForecast:
         """The time of a step, and what follows; where a part of the blocks recomputes, in proportion."""
         if strategy.recomputed is not None:

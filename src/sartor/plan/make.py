@@ -76,7 +76,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     choice = search(setting, longest)
     strategy, forecast, time, shortfall = _placed(setting, choice)
     if forecast.verdict == "does not fit":
-        raise does_not_fit(setting, strategy, forecast, shortfall)
+        raise does_not_fit(setting, strategy, forecast, shortfall, choice.missing)
     formats = _why_masters(job, precision, machine)
     notes = (attention_note, note, formats, inexact, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
@@ -121,8 +121,7 @@ def _placed(setting: Setting, choice: Choice) -> tuple[Strategy, MemoryForecast,
     asked = choice.forecast.process_bytes is not None and (
         wanted == "disk" or (wanted == "auto" and choice.forecast.verdict == "does not fit")
     )
-    elsewhere = is_blockwise(setting.job.training.optimizer) and setting.machine.device.kind != "cpu"  # updates in memory only
-    if not asked or elsewhere:
+    if not asked or setting.machine.device.kind != "cpu":  # where the search has looked for it
         return choice.strategy, choice.forecast, choice.time, None
     strategy = dataclasses.replace(choice.strategy, recomputed=None)  # all blocks, where some are recomputed
     time = choice.time if strategy == choice.strategy else None

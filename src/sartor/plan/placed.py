@@ -18,7 +18,7 @@ from sartor.model import skeleton
 from sartor.model.rows import Row, find_rows
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Placement, Strategy
-from sartor.plan.table import BUFFER_BYTES, Sizes, Table, less_and_less, uniform, within
+from sartor.plan.table import BUFFER_BYTES, Place, Sizes, Table, less_and_less, uniform, within
 from sartor.predict import KINDS, Ledger, MemoryForecast, Peak
 from sartor.predict.memory import collector_paused
 from sartor.predict.target import Target
@@ -117,14 +117,14 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     return dataclasses.replace(strategy, placement=placement), placed
 
 
-def _gradient_width(precision: Precision, *, accumulated: bool) -> int | None:
+def gradient_width(precision: Precision, *, accumulated: bool) -> int | None:
     """Bytes of an element (None: as many as of the parameter's)."""
     return (4 if accumulated else 2) if precision.masters else None
 
 
 def row_sizes(rows: Sequence[Row], precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[Sizes, ...]:
     """Of a model's rows under a precision and an optimizer."""
-    gradient = _gradient_width(precision, accumulated=accumulated)
+    gradient = gradient_width(precision, accumulated=accumulated)
     kept = functools.partial(state_bytes, optimizer=optimizer, precision=precision)
     return tuple(Sizes.of(row, state_bytes=kept, gradient_bytes=gradient, sliced=True) for row in rows)
 
@@ -142,7 +142,8 @@ def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> P
     """With `at_least` so much less in memory, and a quarter less where that can be: first what is fetched ahead goes, then what
     stayed. None where not so much can go."""
     before = placement.memory_bytes(sizes)
-    tables = [placement.table, *less_and_less(sizes, "disk", placement.table)]
+    place: Place = "host" if placement.host_bytes else "disk"
+    tables = [placement.table, *less_and_less(sizes, place, placement.table)]
     least = min(table.kept_bytes(sizes) + table.least_bytes(sizes) for table in tables)
     target = before - max(at_least, min(before // 4, before - least))
     if target >= before:
@@ -156,6 +157,7 @@ def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> P
                     limit_bytes=min(placement.limit_bytes, left),
                     update_limit_bytes=min(placement.update_limit_bytes, left),
                     disk_bytes=table.tier_bytes(sizes, "disk"),
+                    host_bytes=placement.host_bytes + table.tier_bytes(sizes, "host") - placement.table.tier_bytes(sizes, "host"),
                 )
     return None
 
@@ -186,7 +188,7 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
     model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
     steps = largest_steps(setting.sets.train, setting.order, strategy)
     accumulated = strategy.micro_batch < job.training.global_batch
-    gradient = _gradient_width(precision, accumulated=accumulated)
+    gradient = gradient_width(precision, accumulated=accumulated)
     rows = find_rows(model)
     sizes = row_sizes(rows, precision, job.training.optimizer, accumulated=accumulated)
     parameters = list(model.parameters())

@@ -21,6 +21,8 @@ from sartor.parallel import Layout
 from sartor.parallel.tensor import check_split
 from sartor.plan.estimate import Estimator
 from sartor.plan.forecast import forecast_of
+from sartor.plan.offload import Offload
+from sartor.plan.offload_ground import Missing, asks_for_offload, cannot_offload
 from sartor.plan.partial import FITS, fewest, guess
 from sartor.plan.plan import Rejected
 from sartor.plan.processes import possible_processes
@@ -55,6 +57,8 @@ class Choice:
     time: TimeForecast | None
     rejected: tuple[Rejected, ...]
     note: str = ""
+    missing: Missing | None = None
+    """What was short even with all in main memory or on disk that can be there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +93,18 @@ def _search(setting: Setting, row_capacity: int, processes: int) -> Choice:
     rates = rates_of(setting.machine)
     timing = None if rates is None else Timing(setting, rates)
     if timing is None or len(everything) == 1:
-        return _Walk(setting, timing, rejected=impossible).through(everything)
+        walk = _Walk(setting, timing, rejected=impossible)
+        if asks_for_offload(setting):
+            return walk.offloaded(everything) or walk.nowhere(everything)
+        return walk.through(everything)
     estimator = Estimator(setting, timing)
     walk = _Walk(setting, timing, estimator, rejected=impossible)
     keeping = [strategy for strategy in everything if not strategy.recompute]
     again = [strategy for strategy in everything if strategy.recompute]
     try:
+        if asks_for_offload(setting):
+            walk.estimate(everything)
+            return walk.offloaded(everything) or walk.nowhere(everything)
         walk.estimate(keeping)
         if keeping and (choice := walk.first_fit(beyond=(1 + LEAST_FORWARD_SHARE) * walk.fastest if again else None)):
             return choice
@@ -109,7 +119,7 @@ def _search(setting: Setting, row_capacity: int, processes: int) -> Choice:
         return dataclasses.replace(
             _Walk(setting, timing, rejected=impossible).through(everything), note=f"strategies are not ranked by time: {reason}"
         )
-    return walk.first_fit() or walk.last_resort()
+    return walk.first_fit() or walk.offloaded(everything) or walk.last_resort()
 
 
 def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strategy], list[Rejected]]:
@@ -152,6 +162,7 @@ class _Walk:
         self.worst: tuple[Strategy, MemoryForecast] | None = None
         self.waiting: list[_Estimated] = []
         self.known: dict[Strategy, _Estimated] = {}
+        self.missing: Missing | None = None
 
     @property
     def fastest(self) -> float:
@@ -242,7 +253,27 @@ class _Walk:
             forecast = self._forecast(strategy)
             if forecast.verdict in FITS:
                 return self._choice(strategy, forecast)
-        return self.last_resort()
+        return self.offloaded(strategies) or self.last_resort()
+
+    def offloaded(self, strategies: Sequence[Strategy]) -> Choice | None:
+        """Where nothing fits on an accelerator by itself: the fastest of these that fits with some of it elsewhere."""
+        setting = self.setting
+        if self.tight or setting.job.strategy.placement == "device" or cannot_offload(setting):
+            return None
+        search = Offload(setting, self.timing, self.estimator)
+        found = search.find(strategies)
+        if found is None:
+            self.missing = search.missing
+            return None
+        rejected = (*self.rejected, *self.impossible)
+        return Choice(strategy=found.strategy, forecast=found.forecast, time=found.time, rejected=rejected)
+
+    def nowhere(self, strategies: Sequence[Strategy]) -> Choice:
+        """Where everything was to be elsewhere, and no candidate fits that way."""
+        smallest = min(strategies, key=lambda strategy: (strategy.micro_batch, not strategy.recompute))
+        forecast = forecast_of(self.setting, smallest)
+        reason = "needs more than there is where it was to be placed"
+        return self._choice(smallest, dataclasses.replace(forecast, verdict="does not fit", reason=reason))
 
     def last_resort(self) -> Choice:
         """What is tight, else what failed last, else the smallest by its estimate."""
@@ -284,4 +315,5 @@ class _Walk:
         time = None
         if self.timing is not None and forecast.stages:
             time = self.timing.of_forecast(strategy, forecast)
-        return Choice(strategy=strategy, forecast=forecast, time=time, rejected=(*self.rejected, *self.impossible))
+        rejected = (*self.rejected, *self.impossible)
+        return Choice(strategy=strategy, forecast=forecast, time=time, rejected=rejected, missing=self.missing)

@@ -11,10 +11,13 @@ from sartor.parallel import Layout
 from sartor.plan.table import Sizes, Table
 from sartor.step import Precision
 
+_NAMES = {"weights": "weights", "gradients": "gradients", "state": "optimizer state", "activations": "activations"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which rows of the model live on disk while nothing computes with them (`sartor.placement`)."""
+    """Which rows of the model live in main memory below an accelerator, or on disk, while nothing computes with them
+    (`sartor.placement`)."""
 
     table: Table
     limit_bytes: int
@@ -22,6 +25,8 @@ class Placement:
     update_limit_bytes: int
     """The same in an update."""
     disk_bytes: int
+    host_bytes: int = 0
+    """In main memory, below an accelerator."""
 
     def memory_bytes(self, sizes: Sequence[Sizes]) -> int:
         """At most so much of weights, gradients and state is in memory."""
@@ -29,10 +34,25 @@ class Placement:
 
     def describe(self) -> str:
         """In words."""
-        rows = [row for row in self.table.rows if not row.stays]
-        names = {"weights": "weights", "gradients": "gradients", "state": "optimizer state"}
-        parts = [name for kind, name in names.items() if any(getattr(row, kind) != "device" for row in rows)]
-        return f"{' and '.join(', '.join(parts).rsplit(', ', 1))} of {len(rows)} blocks on disk ({format_bytes(self.disk_bytes)})"
+        total = len(self.table.rows)
+        return "; ".join(
+            f"{self._parts(tier, total)} {where} ({format_bytes(size)})"
+            for tier, where, size in (("host", "in main memory", self.host_bytes), ("disk", "on disk", self.disk_bytes))
+            if size
+        )
+
+    def _parts(self, tier: str, total: int) -> str:
+        """What lives on a tier: `optimizer state of 34 rows, weights of 20`, largest groups first."""
+        counts: dict[int, list[str]] = {}
+        for kind, name in _NAMES.items():
+            count = sum(getattr(row, kind) == tier for row in self.table.rows)
+            if count:
+                counts.setdefault(count, []).append(name)
+        parts = [
+            f"{' and '.join(', '.join(names).rsplit(', ', 1))} of {'all' if count == total else count} blocks"
+            for count, names in sorted(counts.items(), reverse=True)
+        ]
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +26,10 @@ BUFFER_BYTES = 2 * WORKERS * SPAN
 SLICE = 2**21
 """Elements of a parameter that are updated at once where a row is too large to be in memory with its state. What is kept of them
 fills whole pages of 4 KiB, down to a float32 for 256 elements."""
+DEVICE_BUFFER_BYTES = 3 * BUFFER_BYTES
+"""The same of a disk below an accelerator."""
+ACTIVATIONS_IN_FLIGHT = 2**30
+"""Bytes of activations that may be on their way to main memory before the accelerator waits."""
 KINDS = ("state", "gradients", "weights")
 """What moves, cheapest first: state is moved twice a step, gradients twice and twice more for every further micro-batch, weights
 twice a micro-batch and twice for the update."""
@@ -42,6 +47,8 @@ class Sizes:
     """Of the state, what an update by slices has in memory at once; None where the optimizer cannot do that."""
     shared: bool = False
     """Whether several modules use it: embeddings that are the head as well."""
+    trained: int | None = None
+    """Of the weights, those that train; where it is not said, as many as the gradients."""
 
     @classmethod
     def of(
@@ -63,7 +70,12 @@ class Sizes:
             state=sum(map(kept, trained)),
             shared=len(row.modules) > 1,
             part=max((_part(kept(parameter), parameter.numel()) for parameter in trained), default=0) if sliced else None,
+            trained=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         )
+
+    @property
+    def trained_bytes(self) -> int:
+        return self.gradients if self.trained is None else self.trained
 
     @property
     def total(self) -> int:
@@ -120,7 +132,11 @@ class Table:
     rows: tuple[RowPlaces, ...]
 
     def row(self, name: str) -> RowPlaces:
-        return next((row for row in self.rows if row.name == name), RowPlaces(name=name))
+        return self._by_name.get(name) or RowPlaces(name=name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, RowPlaces]:
+        return {row.name: row for row in self.rows}
 
     def kept_bytes(self, sizes: Sequence[Sizes]) -> int:
         """What stays on the device."""

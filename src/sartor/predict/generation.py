@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sartor.model.build import quiet
 from sartor.model.regions import Reduction
-from sartor.predict.ledger import Event, Ledger
+from sartor.predict.ledger import OUTSIDE, Event, Ledger
 from sartor.predict.repeat import expand
 from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
 from sartor.predict.trace import _materialise, _quiet_logs, _tag_weights, _values_allowed
-from sartor.predict.tracker import OUTSIDE, StorageTracker
+from sartor.predict.tracker import StorageTracker
 
 PREFILL, DECODE = "generate: prefill", "generate: decode"
 CACHE = "cache"

@@ -16,6 +16,8 @@ _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 PAGED = "paged"
 """Kind of what lives in CUDA's unified memory, beside the device's allocator."""
+OUTSIDE = -1
+"""Unit of what belongs to none."""
 KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
@@ -27,8 +29,9 @@ class Event(NamedTuple):
     phase: str
     module: str = ""
     """Path of the module whose forward (or recomputation) was running; empty in backward and update."""
-    unit: int = -1
-    """Tag of the repeated unit (`sartor.model.regions`) that was running, or whose parameter was at work; -1 outside of units."""
+    unit: int = OUTSIDE
+    """Tag of the repeated unit (`sartor.model.regions`) that was running, or whose parameter was at work; OUTSIDE of units.
+    In the ledger of a whole model, the unit's place among all of its units."""
 
 
 @dataclass(frozen=True, kw_only=True)

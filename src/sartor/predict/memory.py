@@ -36,6 +36,18 @@ from sartor.step import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tier:
+    """Memory of a placed run on a level of the machine."""
+
+    name: str
+    """device, host or disk."""
+    peak_bytes: int
+    """On the device and the host, of the process; on disk, of what lives there."""
+    capacity_bytes: int | None
+    """What there is; None where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryForecast:
     """What a run will need on its device, before a byte is allocated.
 
@@ -78,6 +90,8 @@ class MemoryForecast:
     paged_bytes: int = 0
     """What a paged optimizer keeps in CUDA's unified memory: on the device while there is room beside all that was forecast for
     it, else on the host. In `host_bytes`, since there has to be room for it."""
+    tiers: tuple[Tier, ...] = ()
+    """Of a run on an accelerator that keeps something elsewhere: every tier it uses."""
 
     @property
     def interval(self) -> tuple[int, int] | None:
@@ -98,6 +112,7 @@ class MemoryForecast:
                 "rss_bytes": self.process_bytes if on_host else self.host_bytes,
                 "paged_bytes": self.paged_bytes,
             },
+            "tiers": [dataclasses.asdict(tier) for tier in self.tiers],
             "breakdown": None
             if peak is None
             else {**peak.by_kind, "process": self.baseline_bytes, "allocator": self.allocator_bytes},
@@ -223,6 +238,14 @@ def _forecast(
         paged_bytes=paged,
         trace_seconds=seconds,
     )
+
+
+def forecast_ledger(ledger: Ledger, machine: Machine, *, expandable_segments: bool = False, steps: int = 1000) -> MemoryForecast:
+    """The forecast of one device from the ledger of its steps, whatever made it."""
+    target, layout = Target.of(machine.device), Layout()
+    around = _Surroundings.of(machine, target, layout)
+    forecast = _of_rank(0, ledger, target, around, expandable_segments, steps)
+    return dataclasses.replace(forecast, stages={0: ledger.operations}, paged_bytes=ledger.paged_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

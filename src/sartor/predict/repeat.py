@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import TypeVar
 
 from sartor.model.regions import EDGE, Reduction, Region
-from sartor.predict.ledger import Event, Ledger
+from sartor.predict.ledger import OUTSIDE, Event, Ledger
 
 T = TypeVar("T")
 UNIT = Event._fields.index("unit")
@@ -39,10 +39,11 @@ class _Run:
 
 
 def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
-    """The ledger of the whole model. Raises NotRepeatable."""
+    """The ledger of the whole model; its events' units are numbered through. Raises NotRepeatable."""
     if not reduction.regions:
         return ledger
     names = _Names(ledger, reduction.regions)
+    places = reduction.numbers()
     runs = [_Run.of(tag, list(events)) for tag, events in groupby(ledger.events, key=itemgetter(UNIT))]
     for region in reduction.regions:
         if region.edge < EDGE:
@@ -60,7 +61,8 @@ def expand(ledger: Ledger, reduction: Reduction) -> Ledger:
         else:
             numbers = _order(runs, place, home)
         for number in numbers:
-            whole.events += names.rename(run, home, number)
+            first = places.get(run.tag, OUTSIDE) if home is None else places[home.first_tag]
+            whole.events += names.rename(run, home, number, unit=first + number)
     whole.kinds = dict(names.renamed(ledger.kinds))
     whole.workspaces = dict(names.renamed(ledger.workspaces))
     return whole
@@ -90,10 +92,10 @@ class _Names:
     def region_of(self, tag: int) -> Region | None:
         return self._region_of.get(tag)
 
-    def rename(self, run: _Run, region: Region | None, number: int) -> list[Event]:
-        """The run's events as those of unit `number`."""
+    def rename(self, run: _Run, region: Region | None, number: int, *, unit: int) -> list[Event]:
+        """The run's events as those of unit `number` of its region; `unit`: its place in the whole model."""
         names = {storage: self._number(storage, run.tag, region, number) for storage in run.storages}
-        return [Event(names[storage], size, phase, module, unit) for storage, size, phase, module, unit in run.events]
+        return [Event(names[storage], size, phase, module, unit) for storage, size, phase, module, _ in run.events]
 
     def renamed(self, known: dict[int, T]) -> Iterator[tuple[int, T]]:
         """What is known of storages, of those of the whole ledger."""

@@ -115,6 +115,30 @@ def run_blocks(blocks: Sequence[Block]) -> Spent:
     return Spent(seconds=max(sending, computing), compute=sum(block.compute for block in blocks))
 
 
+# -- any streams ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work on a stream, for which other work has to be done."""
+
+    stream: str
+    seconds: float
+    after: tuple[int, ...] = ()
+    """Places of earlier tasks in the list."""
+
+
+def run_tasks(tasks: Sequence[Task]) -> list[float]:
+    """When each of them is done."""
+    free: dict[str, float] = {}
+    ends: list[float] = []
+    for task in tasks:
+        end = max([free.get(task.stream, 0.0), *(ends[place] for place in task.after)]) + task.seconds
+        free[task.stream] = end
+        ends.append(end)
+    return ends
+
+
 # -- pipelines -----------------------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from sartor.data.pack import Batch
 from sartor.model.regions import Reduction
-from sartor.predict.ledger import PAGED, Ledger
+from sartor.predict.ledger import OUTSIDE, PAGED, Ledger
 from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
-from sartor.predict.tracker import OUTSIDE, StorageTracker
+from sartor.predict.tracker import StorageTracker
 from sartor.predict.world import wrappers_watched
 from sartor.step import TensorBatch, TrainStep
 

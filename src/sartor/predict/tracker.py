@@ -17,14 +17,12 @@ from sartor.kernels.loss import linear_cross_entropy_
 from sartor.model.regions import Reduction
 from sartor.predict.fused import extent_of
 from sartor.predict.in_place import adds_up_in_place, lone_holders
-from sartor.predict.ledger import Event, Ledger
+from sartor.predict.ledger import OUTSIDE, Event, Ledger
 from sartor.predict.notes import Notebook, functions_noted
 from sartor.predict.operators import is_silent, tensors_of
 from sartor.predict.results import Results
 from sartor.predict.target import Target
 
-OUTSIDE = -1
-"""Tag of what belongs to no repeated unit."""
 _WRAPPERS = ("DTensor", "AsyncCollectiveTensor")
 _DEVICE = torch.ops.prim.device.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -264,7 +262,7 @@ class StorageTracker(TorchDispatchMode):
 
     def follow(self, model: nn.Module, reduction: Reduction | None = None) -> None:
         """Note which module and which unit runs, from now on, for as long as the model lives."""
-        if reduction is not None and reduction.regions:
+        if reduction is not None and reduction.units:
             model.register_forward_pre_hook(lambda *_: self._enter_forward(), prepend=True)
             for tag, layers in reduction.units.items():
                 layers[0].register_forward_pre_hook(lambda *_, tag=tag: self._enter(tag), prepend=True)

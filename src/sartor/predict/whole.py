@@ -14,7 +14,7 @@ from sartor.job.schema import Job
 from sartor.methods import trained_parameters, traits
 from sartor.methods.adapters import peft_config
 from sartor.model import ModelSource, choose_recomputed, skeleton
-from sartor.model.regions import EDGE, Reduction, reduce_depth
+from sartor.model.regions import EDGE, Reduction, every_layer, reduce_depth
 from sartor.parallel import Layout, parallelise
 from sartor.parallel.context import check_job, fullest_rank, ring_attention, share
 from sartor.predict.ledger import Ledger
@@ -51,6 +51,7 @@ def trace_job(
     sketch: bool = False,
     recomputed: int | None = None,
     known: Traces | None = None,
+    layers: bool = False,
 ) -> Ledger:
     """Two steps of the job over these micro-batches, the second one over `later`, as in `trace_steps`.
 
@@ -60,7 +61,7 @@ def trace_job(
     `processes` on a CPU it is that of the first, whose part of the steps the micro-batches are. A `sketch` keeps fewer layers:
     sums are right, but which storage of a neighbour is freed when may not be. `recomputed`: blocks that recompute, the first
     ones; None: all, where `recompute` is set. `known`: shortened traces of the same step with other numbers of them, which differ
-    only in how often blocks are repeated."""
+    only in how often blocks are repeated. `layers`: those that are not repeated are units of the ledger as well."""
     layout, rank = layout or Layout(), 0
     reduce_once = layout.zero == 1 and layout.wrapped
     if layout.context > 1:
@@ -71,14 +72,13 @@ def trace_job(
         layout, precision = dataclasses.replace(layout, gather=precision.compute), precision.gathered()
 
     def step_of(fake: nn.Module) -> TrainStep:
-        made = make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind)
-        return first_of(made, processes)
+        return first_of(make_step(fake, job, precision, device_kind="cpu", reduce_once=reduce_once, kind=target.kind), processes)
 
     def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
         ring = ring_attention(mesh, layout) if mesh is not None and layout.context > 1 else contextlib.nullcontext()
         model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
         choose_recomputed(model, recomputed)
-        reduction = reduce_depth(model, edge=1 if sketch else EDGE) if shortened else Reduction()
+        reduction = _reduced(model, shortened, edge=1 if sketch else EDGE, layers=layers)
         if known is not None and reduction.regions and reduction.pattern in known:
             return expand(known[reduction.pattern], reduction).set_paged_apart()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
@@ -95,6 +95,13 @@ def trace_job(
             return traced(mesh, shortened=treats_layers_alike(job))
         except NotRepeatable:
             return traced(mesh, shortened=False)
+
+
+def _reduced(model: nn.Module, shortened: bool, *, edge: int, layers: bool) -> Reduction:
+    """What of a model is traced, and what its units are."""
+    if shortened:
+        return reduce_depth(model, edge=edge, singles=layers)
+    return every_layer(model) if layers else Reduction()
 
 
 def _shared_tokens(

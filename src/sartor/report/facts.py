@@ -69,6 +69,18 @@ def owners(forecast: MemoryForecast) -> str:
     return ", ".join(f"{visible(name)} {format_bytes(makers[name])}" for name in largest)
 
 
+_TIERS = {"device": "device", "host": "main memory", "disk": "disk"}
+
+
+def tiers(forecast: MemoryForecast) -> list[tuple[str, str]]:
+    """Where a run keeps something below its accelerator: each tier and its peak."""
+    shown = []
+    for tier in forecast.tiers:
+        there = "" if tier.capacity_bytes is None else f" of {format_bytes(tier.capacity_bytes)}"
+        shown.append((_TIERS[tier.name], f"{format_bytes(tier.peak_bytes)}{there}"))
+    return shown
+
+
 def tensor_room(forecast: MemoryForecast) -> int:
     """What there is for tensors: the memory less the process itself, or the driver's context."""
     return max(forecast.available_bytes - forecast.baseline_bytes, 0)
@@ -125,6 +137,8 @@ def time_words(time: TimeForecast) -> str:
     hidden = time.breakdown.get("communication", 0.0) + time.breakdown.get("bubble", 0.0)
     if hidden > 0.005 * time.step_seconds:
         words += f"; {hidden / time.step_seconds:.0%} of it waits for messages or other stages"
+    if (offload := time.breakdown.get("offload", 0.0)) > 0.005 * time.step_seconds:
+        words += f"; {offload / time.step_seconds:.0%} of it waits for what is below the device"
     if (disk := time.breakdown.get("disk", 0.0)) > 0.005 * time.step_seconds:
         words += f"; {disk / time.step_seconds:.0%} of it waits for the disk"
     return words

@@ -37,6 +37,7 @@ def write_plan(plan: Plan, path: Path) -> None:
         headlines=_headlines(plan),
         numbers=_numbers(plan),
         bars=_bars(forecast, parts),
+        tiers=facts.tiers(forecast),
         legend=legend(parts),
         **step_picture(forecast),
         by_kind=_rows({part.name: part.size_bytes for part in parts}),

@@ -122,6 +122,8 @@ def _memory(forecast: MemoryForecast, width: int, *, colours: bool) -> Renderabl
     else:
         lines += [_bar(parts, max(needed, forecast.available_bytes), width, colours=colours)]
     lines.append(_legend(parts, colours=colours))
+    if tiers := facts.tiers(forecast):
+        lines.append(Text("; ".join(f"{name} {size}" for name, size in tiers)))
     if makers := facts.owners(forecast):
         lines.append(Text(f"made by {makers}", style="dim"))
     if forecast.timeline is not None:
