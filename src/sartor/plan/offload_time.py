@@ -2,8 +2,8 @@
 
 What a row computes is forecast as with everything on the device, and shared out by its weights. What moves takes its bytes over a
 link or a disk, on streams beside the computation, as the engine moves it (`sartor.placement.streams`): weights are fetched for
-each pass while the row before computes; gradients leave beside the rows that follow; where the state of a row is not on the
-device, the host updates it when the norm of all gradients is known.
+each pass while the row before computes; gradients leave beside the rows that follow. Where the state of a row is not on the device,
+the host updates it when the norm of all gradients is known, and the next forward pass goes on as far as rows are updated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNKNOWN_HOST_BYTES_PER_SECOND = 0.8 * 51.2e9
 UNKNOWN_DISK_BYTES_PER_SECOND = 2e9
 """Of a disk of which nothing is known: an NVMe drive on PCIe 3.0 x4, with room to spare."""
 _BORDER = "border"
-STEPS = 3
+STEPS = 4
 """Steps that are simulated; the last one is like all that follow."""
 MOST_MICRO_BATCHES = 3
 """Of a step that are simulated; each further one takes as long as the last of these did."""
@@ -181,9 +181,9 @@ class _Streams:
 
     def run(self, micro_batches: int) -> float:
         """Seconds of the last of the steps."""
-        begin: int | None = None
+        updated: list[int] = []
         for _ in range(STEPS):
-            begin = self._step(micro_batches, begin)
+            updated = self._step(micro_batches, updated)
         ends = run_tasks(self.tasks)
         borders = [place for place, task in enumerate(self.tasks) if task.stream == _BORDER]
         return ends[borders[-1]] - ends[borders[-2]]
@@ -192,14 +192,15 @@ class _Streams:
         self.tasks.append(Task(stream, seconds, tuple(place for place in after if place is not None)))
         return len(self.tasks) - 1
 
-    def _step(self, micro_batches: int, begin: int | None) -> int:
-        """The tasks of a step that begins after the task `begin`; the one with which it ends."""
+    def _step(self, micro_batches: int, before: Sequence[int]) -> list[int]:
+        """The tasks of a step; those with which its rows are updated. `before`: those of the step before."""
         computed: list[int] = []  # of each visit
         sent: dict[int, int] = {}
         for number in range(micro_batches):
             kept: dict[int, int] = {}
             for place, row in enumerate(self.rows):
-                self._visit(computed, row, row.forward, begin)
+                updated = before[place] if before and not number else None
+                self._visit(computed, row, row.forward, updated)
                 if row.activations_out:
                     kept[place] = self._add("out", row.activations_out, computed[-1])
             for place, row in reversed(list(enumerate(self.rows))):
@@ -208,11 +209,12 @@ class _Streams:
                     needs.append(self._add("in", row.activations_back, kept[place], self._slot(computed)))
                 if number and row.gradients:
                     needs.append(self._add("in", row.gradients_back, sent[place], self._slot(computed)))
-                self._visit(computed, row, row.backward, begin, *needs, turning=place == len(self.rows) - 1)
+                self._visit(computed, row, row.backward, None, *needs, turning=place == len(self.rows) - 1)
                 if row.gradients:
                     sent[place] = self._add("out", row.gradients, computed[-1])
                     if row.gradients_written:
                         sent[place] = self._add("disk", row.gradients_written, sent[place])
+        self._add(_BORDER, 0.0, computed[-1])
         return self._update(computed[-1], *sent.values())
 
     def _slot(self, computed: Sequence[int]) -> int | None:
@@ -221,18 +223,18 @@ class _Streams:
         return computed[-behind] if len(computed) >= behind else None
 
     def _visit(
-        self, computed: list[int], row: _Row, seconds: float, begin: int | None, *needs: int, turning: bool = False
+        self, computed: list[int], row: _Row, seconds: float, updated: int | None, *needs: int, turning: bool = False
     ) -> None:
         """A row computes; `turning`: its weights are still there."""
         fetched = None
         if row.fetch and not turning:
             room = self._slot(computed)
-            read = self._add("disk", row.read, begin, room) if row.read else None
-            fetched = self._add("in", row.fetch, begin, read, room)
-        computed.append(self._add("compute", seconds, begin, fetched, *needs))
+            read = self._add("disk", row.read, updated, room) if row.read else None
+            fetched = self._add("in", row.fetch, updated, read, room)
+        computed.append(self._add("compute", seconds, updated, fetched, *needs))
 
-    def _update(self, *known: int) -> int:
-        """Row by row, when the norm is known: after these tasks. The next step begins when all are updated."""
+    def _update(self, *known: int) -> list[int]:
+        """Row by row, when the norm is known: after these tasks. A row's next pass begins when it is updated."""
         done = []
         for row in self.rows:
             end = self._add("compute", row.update, *known)
@@ -240,8 +242,8 @@ class _Streams:
                 read = self._add("disk", row.update_read, *known) if row.update_read else None
                 end = self._add("host", row.host_update, read, *known)
                 if row.update_written:
-                    done.append(self._add("disk", row.update_written, end))
+                    end = self._add("disk", row.update_written, end)
                 if row.sent:
-                    done.append(self._add("in", row.sent, end))
+                    end = self._add("in", row.sent, end)
             done.append(end)
-        return self._add(_BORDER, 0.0, *done)
+        return done
