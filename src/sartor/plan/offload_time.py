@@ -2,8 +2,8 @@
 
 What a row computes is forecast as with everything on the device, and shared out by its weights. What moves takes its bytes over a
 link or a disk, on streams beside the computation, as the engine moves it (`sartor.placement.streams`): weights are fetched for
-each pass while the row before computes; gradients leave beside the rows that follow. Where the state of a row is not on the device,
-the host updates it when the norm of all gradients is known, and the next forward pass goes on as far as rows are updated.
+each pass while the row before computes; gradients leave beside the rows that follow. Where the state of a row is not on the
+device, the host updates it when the norm of all gradients is known, and the next forward pass goes as far as rows are updated.
 """
 
 from __future__ import annotations
