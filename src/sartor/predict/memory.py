@@ -244,7 +244,7 @@ def forecast_ledger(ledger: Ledger, machine: Machine, *, expandable_segments: bo
     """The forecast of one device from the ledger of its steps, whatever made it."""
     target, layout = Target.of(machine.device), Layout()
     around = _Surroundings.of(machine, target, layout)
-    forecast = _of_rank(0, ledger, target, around, expandable_segments, steps)
+    forecast = _of_rank(0, ledger, target, around, expandable_segments, steps, brief=False)
     return dataclasses.replace(forecast, stages={0: ledger.operations}, paged_bytes=ledger.paged_bytes)
 
 
