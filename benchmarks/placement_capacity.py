@@ -3,6 +3,7 @@
     python benchmarks/placement_capacity.py                  # 4 GiB (RLIMIT_DATA), AdamW in float32, lower tier on disk
     python benchmarks/placement_capacity.py --check          # the same steps without placement and limit: losses to the bit
     python benchmarks/placement_capacity.py --job            # the same as a job of `sartor train`: forecasts beside measurements
+    python benchmarks/placement_capacity.py --large          # a job of three billion parameters, bf16-master, all memory there is
 
 Writes a model of random weights, streams it into its places, and takes a few steps with PyTorch's fused AdamW, clipping on.
 """
@@ -30,6 +31,16 @@ def config(layers: int):
     return LlamaConfig(
         vocab_size=16384, hidden_size=1536, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=12,
         num_key_value_heads=12, tie_word_embeddings=True, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def large_config():
+    """3.0 billion parameters."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=3072, intermediate_size=8192, num_hidden_layers=29, num_attention_heads=24,
+        num_key_value_heads=8, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
 
 
@@ -115,7 +126,7 @@ def job(arguments: argparse.Namespace) -> None:
     from sartor.placement import DiskTier
 
     folder = Path(arguments.folder)
-    config(arguments.layers).save_pretrained(folder)
+    (large_config() if arguments.large else config(arguments.layers)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(Path(sartor.__file__).parent / "demo/model").save_pretrained(folder)
     tiers: list[DiskTier] = []
     opened = DiskTier.__init__
@@ -127,19 +138,25 @@ def job(arguments: argparse.Namespace) -> None:
     DiskTier.__init__ = note  # type: ignore[method-assign]
     plan = sartor.plan(
         {
-            "model": arguments.folder,
+            "model": {"path": arguments.folder, "random_weights": arguments.large},
             "data": {"synthetic": {"length": arguments.tokens // 4, "examples": 64}},
             "method": "full",
-            "precision": "float32",
+            "precision": "bf16-master" if arguments.large else "float32",
             "training": {"max_steps": arguments.steps, "global_batch": 4, "tensorboard": False},
             "evaluation": {"generate": 0},
-            "machine": {"device": "cpu", "host_memory": int(arguments.limit * GIB)},
+            "machine": {"device": "cpu"} | ({} if arguments.large else {"host_memory": int(arguments.limit * GIB)}),
             "output": str(folder / "run"),
         }
     )
     print(plan.strategy.describe(), plan.forecast.reason, file=sys.stderr)
+    start = time.perf_counter()
     memory = sartor.train(plan).memory
+    metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
+        "parameters": plan.trained_parameters,
+        "losses": [line["loss"] for line in metrics if "tokens_per_second" in line],
+        "tokens_per_second": [line["tokens_per_second"] for line in metrics if "tokens_per_second" in line],
+        "seconds": time.perf_counter() - start,
         "strategy": plan.strategy.describe(),
         "forecast_bytes": memory.forecast_bytes,
         "peak_resident_bytes": memory.measured_bytes,
@@ -153,7 +170,7 @@ def job(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace, folder: str, limit: float) -> dict:
     command = [sys.executable, __file__, "--child", "--folder", folder, "--limit", str(limit)]
-    command += ["--job"] if arguments.job else []
+    command += [flag for flag, given in (("--job", arguments.job), ("--large", arguments.large)) if given]
     for name in ("layers", "steps", "tokens", "budget"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -169,6 +186,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=2.0, help="GiB of weights, gradients and optimizer state in memory")
     parser.add_argument("--check", action="store_true", help="compare with the same steps without placement")
     parser.add_argument("--job", action="store_true", help="as a job, forecasts beside measurements")
+    parser.add_argument("--large", action="store_true", help="a job of three billion parameters")
     parser.add_argument("--folder", default="")
     parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
@@ -176,6 +194,12 @@ def main() -> None:
         job(arguments) if arguments.job else child(arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.large:
+            arguments.job = True
+            result = run(arguments, folder, 0)
+            print(json.dumps(result, indent=1))
+            print(save("placement-large", result, note=f"{arguments.tokens} tokens a step, {arguments.steps} steps"))
+            return
         parameters = write_model(Path(folder), arguments.layers)
         states = 16 * parameters
         print(f"{parameters / 1e6:.0f} million parameters: states of {states / GIB:.2f} GiB, limit {arguments.limit:g} GiB")

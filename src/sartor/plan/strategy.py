@@ -111,4 +111,6 @@ class Strategy:
         """What becomes of them."""
         if not self.recompute:
             return "activations kept"
-        return "activations recomputed" if self.recomputed is None else f"activations of {self.recomputed} blocks recomputed"
+        if self.recomputed is None:
+            return "activations recomputed"
+        return f"activations of {self.recomputed} block{'s' * (self.recomputed != 1)} recomputed"
