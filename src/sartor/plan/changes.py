@@ -67,6 +67,8 @@ def _below(setting: Setting, smallest: Strategy, missing: Missing | None) -> tup
         return "", _with_placement(setting, smallest)
     if missing == Missing():
         return "", ""
+    if missing.untraced:
+        return f"; what it would need with parts of it below the device cannot be said ({missing.untraced})", ""
     if missing.host_bytes:
         there = format_bytes(setting.machine.host.available_bytes)
         memory = f"machine.host_memory={math.ceil(missing.host_bytes / 2**20)}MiB, where the machine has that much"

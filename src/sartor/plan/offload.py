@@ -91,7 +91,8 @@ class Offload:
             found = fit(self.ground, strategy)
         except JobError:
             raise
-        except Exception:  # a foreign model's code under tracing, or rows that its trace does not show
+        except Exception as error:  # a foreign model's code under tracing, or rows that its trace does not show
+            self.missing = Missing(untraced=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None
         if isinstance(found, Missing):
             self.missing = found

@@ -59,6 +59,8 @@ class Missing:
     """That the device would have to have."""
     host_bytes: int = 0
     """The same of main memory."""
+    untraced: str = ""
+    """Why it cannot be said."""
 
 
 class Ground:
