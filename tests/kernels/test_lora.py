@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from sartor.kernels import lora
 from sartor.kernels.fuse import fuse, unfuse
 from sartor.kernels.lora import MOST_RANK, lora_linear, lora_of
 from sartor.kernels.native import products_library
@@ -17,6 +18,16 @@ from sartor.kernels.native import products_library
 pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
 
 
+@pytest.fixture(params=["as it is", "PyTorch's products", "floats"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this processor; of one whose large products are faster by PyTorch; of one that multiplies no pairs."""
+    if request.param != "as it is":
+        monkeypatch.setattr(lora, "is_fastest", lambda: False)
+    if request.param == "floats":
+        monkeypatch.setattr(lora, "takes", lambda *_: False)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "inside", "outside", "rank", "bias"),

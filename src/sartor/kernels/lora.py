@@ -15,7 +15,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,72 +73,64 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tensor:
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        y_MN, low_MR = (_in_pairs if takes(weight_NK) else _in_floats)(x_MK, weight_NK, bias, a_RK, b_NR, scale)
-        ctx.save_for_backward(x_MK, weight_NK, a_RK, b_NR, low_MR)
+        layer = _Layer(weight_NK, a_RK, b_NR, scale)
+        y_MN, low_MR = (_in_pairs if takes(weight_NK) else _in_floats)(layer, x_MK, bias)
+        ctx.save_for_backward(x_MK, low_MR, weight_NK, a_RK, b_NR)
         ctx.scale = scale
         return y_MN.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        x_MK, weight_NK, a_RK, b_NR, low_MR = ctx.saved_tensors
+        x_MK, low_MR, weight_NK, a_RK, b_NR = ctx.saved_tensors
+        layer = _Layer(weight_NK, a_RK, b_NR, ctx.scale)
         gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
         back = _in_pairs_backward if takes(weight_NK) else _in_floats_backward
-        to_x_MK, *to_ab = back(gradient_MN, x_MK, low_MR, weight_NK, a_RK, b_NR, ctx.scale, wanted=ctx.needs_input_grad[0])
+        to_x_MK, *to_ab = back(layer, gradient_MN, x_MK, low_MR, wanted=ctx.needs_input_grad[0])
         to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
         return to_x, None, None, *to_ab, None
 
 
-def _in_pairs(
-    x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+class _Layer(NamedTuple):
+    """The frozen weight, and its adapter."""
+
+    weight_NK: Tensor
+    a_RK: Tensor
+    b_NR: Tensor
+    scale: float
+
+
+def _in_pairs(layer: _Layer, x_MK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The layer, and scale x A^T in bfloat16. Ours sums the adapter's part up with the frozen layer's."""
-    low_MR = multiply(x_MK, a_RK.t(), scale=scale)
+    low_MR = multiply(x_MK, layer.a_RK.t(), scale=layer.scale)
     if is_fastest():
-        return multiply(x_MK, weight_NK.t(), more=(low_MR, b_NR.t()), bias_N=bias), low_MR
-    return multiply(low_MR, b_NR.t(), F.linear(x_MK, weight_NK, bias), adds=True), low_MR
+        return multiply(x_MK, layer.weight_NK.t(), more=(low_MR, layer.b_NR.t()), bias_N=bias), low_MR
+    return multiply(low_MR, layer.b_NR.t(), F.linear(x_MK, layer.weight_NK, bias), adds=True), low_MR
 
 
 def _in_pairs_backward(
-    gradient_MN: Tensor,
-    x_MK: Tensor,
-    low_MR: Tensor,
-    weight_NK: Tensor,
-    a_RK: Tensor,
-    b_NR: Tensor,
-    scale: float,
-    *,
-    wanted: bool,
+    layer: _Layer, gradient_MN: Tensor, x_MK: Tensor, low_MR: Tensor, *, wanted: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    to_low_MR, to_x_MK = multiply(gradient_MN, b_NR, scale=scale), None
+    to_low_MR, to_x_MK = multiply(gradient_MN, layer.b_NR, scale=layer.scale), None
     if wanted and is_fastest():
-        to_x_MK = multiply(gradient_MN, weight_NK, more=(to_low_MR, a_RK))
+        to_x_MK = multiply(gradient_MN, layer.weight_NK, more=(to_low_MR, layer.a_RK))
     elif wanted:
-        to_x_MK = multiply(to_low_MR, a_RK, torch.mm(gradient_MN, weight_NK), adds=True)
-    to_b_NR = torch.empty_like(b_NR)
+        to_x_MK = multiply(to_low_MR, layer.a_RK, torch.mm(gradient_MN, layer.weight_NK), adds=True)
+    to_b_NR = torch.empty_like(layer.b_NR)
     multiply(low_MR.t(), gradient_MN, to_b_NR.t())
     return to_x_MK, multiply(to_low_MR.t(), x_MK), to_b_NR
 
 
-def _in_floats(
-    x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _in_floats(layer: _Layer, x_MK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The layer, and x A^T in float32."""
-    y_MN = F.linear(x_MK, weight_NK, bias)
-    return y_MN, add_low_rank_(x_MK, a_RK, b_NR, y_MN, scale)
+    y_MN = F.linear(x_MK, layer.weight_NK, bias)
+    return y_MN, add_low_rank_(x_MK, layer.a_RK, layer.b_NR, y_MN, layer.scale)
 
 
 def _in_floats_backward(
-    gradient_MN: Tensor,
-    x_MK: Tensor,
-    low_MR: Tensor,
-    weight_NK: Tensor,
-    a_RK: Tensor,
-    b_NR: Tensor,
-    scale: float,
-    *,
-    wanted: bool,
+    layer: _Layer, gradient_MN: Tensor, x_MK: Tensor, low_MR: Tensor, *, wanted: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    to_x_MK = torch.mm(gradient_MN, weight_NK) if wanted else None
+    to_x_MK = torch.mm(gradient_MN, layer.weight_NK) if wanted else None
+    _, a_RK, b_NR, scale = layer
     return to_x_MK, *low_rank_backward_(gradient_MN, x_MK, low_MR, a_RK, b_NR, to_x_MK, scale)
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from sartor.job.units import format_bytes
 from sartor.plan.levels import away, host_bytes
 from sartor.plan.offload_ground import Ground, Missing
+from sartor.plan.partial import FITS
 from sartor.plan.setting import largest_steps
 from sartor.plan.strategy import Placement, Strategy
 from sartor.plan.table import ACTIVATIONS_IN_FLIGHT, Table
@@ -23,8 +24,6 @@ from sartor.predict.rows import made_in_order, rows_of
 from sartor.predict.target import Target
 from sartor.predict.verdict import TIGHT_SHARE
 from sartor.predict.whole import trace_job
-
-FITS = ("fits", "cannot say")
 
 
 @dataclass(frozen=True, kw_only=True)
