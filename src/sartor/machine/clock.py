@@ -52,9 +52,10 @@ class Clock:
         it is not, measuring goes on for a while, until the three lowest agree.
         """
         call()
-        times = max(1, int(_BATCH_SECONDS / max(min(self.once(call) for _ in range(3)), 1e-8)))
-        batches: list[float] = []
         start = time.perf_counter()
+        singly = [self.once(call) for _ in range(3)]
+        times = max(1, int(_BATCH_SECONDS / max(min(singly), 1e-8)))
+        batches = singly if times == 1 else []
         while (spent := time.perf_counter() - start) < _PATIENCE * budget:
             if spent >= budget and len(batches) >= _LEAST_BATCHES and sorted(batches)[2] <= _AGREEMENT * min(batches):
                 break
