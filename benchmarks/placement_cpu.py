@@ -28,6 +28,7 @@ from sartor.plan.table import Sizes, uniform, within
 from sartor.step import Precision, TensorBatch, TrainStep, make_step, make_trainable
 
 SHARE = 0.4
+TIERS = ("host", "disk")
 
 
 def make(layers: int, width: int, *, mode: str = "float32", method: str = "full") -> TrainStep:
@@ -81,27 +82,37 @@ def disk_rate(folder: str) -> float:
     return 2 * size / seconds
 
 
-def measure(name: str, arguments: argparse.Namespace, folder: str) -> dict:
-    step = make(arguments.layers, 768)
-    moved = 0
-    if name != "plain":
-        step = place(step, name, folder)
-    seconds = []
+def measure(arguments: argparse.Namespace, folder: str) -> dict[str, dict]:
+    """Steps of all three in turn on the same batches, so that what slows the machine meets all of them; the first warms up."""
+    names = ("plain", *TIERS)
+    steps = {name: make(arguments.layers, 768) for name in names}
+    steps |= {tier: place(steps[tier], tier, folder) for tier in TIERS}
+    results: dict[str, dict] = {name: {"step_seconds": []} for name in names}
     for number in range(1 + arguments.steps):
         cut, tokens = batches(number, examples=8, length=1024, micro_batch=4)
-        if number == 1 and isinstance(step, PlacedStep):
-            moved = -step.engine.mover.read_bytes - step.engine.mover.written_bytes
-        start = time.perf_counter()
-        step.backward(cut, tokens)
-        step.update(1e-4)
-        seconds.append(time.perf_counter() - start)
-    result = {"step_seconds": seconds[1:], "tokens_per_second": 8192 / statistics.median(seconds[1:])}
-    if isinstance(step, PlacedStep):
-        mover = step.engine.mover
-        result["moved_bytes_per_step"] = (moved + mover.read_bytes + mover.written_bytes) // arguments.steps
-        result["device_peak_bytes"] = step.engine.gauge.peak_bytes
-    print(name, {key: value for key, value in result.items() if key != "step_seconds"}, flush=True)
-    return result
+        for name in names:
+            moved = moved_bytes(steps[name])
+            start = time.perf_counter()
+            steps[name].backward(cut, tokens)
+            steps[name].update(1e-4)
+            seconds = time.perf_counter() - start
+            print(f"step {number} {name}: {seconds:.2f} s", flush=True)
+            if number > 0:
+                results[name]["step_seconds"].append(seconds)
+                results[name]["moved_bytes_per_step"] = moved_bytes(steps[name]) - moved
+    for name, result in results.items():
+        pairs = zip(results["plain"]["step_seconds"], result["step_seconds"], strict=True)
+        result["of_plain_rate"] = statistics.median(plain / seconds for plain, seconds in pairs)
+        result["tokens_per_second"] = 8192 / statistics.median(result["step_seconds"])
+        if name in TIERS:
+            result["device_peak_bytes"] = steps[name].engine.gauge.peak_bytes
+        print(name, {key: value for key, value in result.items() if key != "step_seconds"}, flush=True)
+    return results
+
+
+def moved_bytes(step: TrainStep | PlacedStep) -> int:
+    """Between the tiers, both ways, so far."""
+    return step.engine.mover.read_bytes + step.engine.mover.written_bytes if isinstance(step, PlacedStep) else 0
 
 
 def exact(steps: int, folder: str) -> dict:
@@ -130,7 +141,7 @@ def exact(steps: int, folder: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exact", type=int, default=0, help="compare so many steps with the plain ones instead")
     arguments = parser.parse_args()
@@ -139,11 +150,10 @@ def main() -> None:
         if arguments.exact:
             print(save("placement-exact", exact(arguments.exact, folder), note=f"{arguments.exact} steps"))
             return
-        results = {name: measure(name, arguments, folder) for name in ("plain", "host", "disk")}
+        results = measure(arguments, folder)
         results["disk_bytes_per_second"] = rate = disk_rate(folder)
-        for tier in ("host", "disk"):
-            share = results[tier]["tokens_per_second"] / results["plain"]["tokens_per_second"]
-            print(f"{tier}: {share:.1%} of the plain rate")
+        for tier in TIERS:
+            print(f"{tier}: {results[tier]['of_plain_rate']:.1%} of the plain rate, median of steps in turn")
         alone = results["disk"]["moved_bytes_per_step"] / rate
         print(f"disk: {rate / 1e9:.2f} GB/s by itself, {alone:.1f} s a step for what moves")
         print(save("placement-cpu", results, note=f"{SHARE:.0%} of the states in memory, {arguments.layers} layers"))

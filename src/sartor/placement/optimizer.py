@@ -189,6 +189,8 @@ class StreamedOptimizer:
             for chunk in chunks:
                 chunk.begin()
             if follower is not None and not (sliced or _stateless(live) or _stateless(follower)):
+                if self._engine.device.type == "cpu":  # both would share the disk, and memory for a third row be taken
+                    self._engine.mover.settle()
                 self._expect(follower, gradients)
             if live.on_host:
                 later = self._on_cores(live, own, before)

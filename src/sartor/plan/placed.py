@@ -31,16 +31,51 @@ MOVED = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """What is there in forward and backward passes beside weights and state."""
+
+    moments: tuple[tuple[int, int], ...]
+    """(activations and temporaries, gradients) at moments with more of one or the other than any other moment has of both."""
+    shared: int
+    """Bytes of the gradient that embeddings and head share, which is there from the loss on."""
+
+    @classmethod
+    def of(cls, ledger: Ledger, shared: int) -> _Passes:
+        found: dict[int, int] = {}
+        others = gradients = 0
+        for event in ledger.events:
+            kind = ledger.kinds.get(event.storage)
+            gradients += event.size_bytes if kind == "gradients" else 0
+            others += event.size_bytes if kind not in MOVED else 0
+            if not event.phase.endswith(("clip", "update")):
+                found[gradients] = max(found.get(gradients, 0), others)
+        moments: list[tuple[int, int]] = []
+        for gradients, others in sorted(found.items(), reverse=True):
+            if not moments or others > moments[-1][0]:
+                moments.append((others, gradients))
+        return cls(moments=tuple(moments), shared=shared)
+
+    def most(self, away: int) -> tuple[int, int]:
+        """(activations and temporaries, gradients that stay) of the moment with most, where `away` bytes of gradients live
+        elsewhere: those of the last rows, which backward passes make first."""
+        others, gradients = max(((others, max(made - away, 0)) for others, made in self.moments), key=sum, default=(0, 0))
+        return others + (self.shared if away else 0), gradients
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Needs:
     """Bytes that a placed run needs beside the rows of its table."""
 
     sizes: tuple[Sizes, ...]
     outside: int
     """Weights, gradients and state that are in no row."""
-    passes: int
-    """Activations and temporaries in forward and backward passes, at most."""
+    passes: _Passes
     update: int
     """Temporaries in clipping and update."""
+
+    def in_passes(self, away: int) -> int:
+        """Activations, temporaries and gradients that stay, at most, where `away` bytes of gradients do not."""
+        return sum(self.passes.most(away))
 
 
 def cannot_place(setting: Setting, strategy: Strategy) -> str:
@@ -87,18 +122,30 @@ def place(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> tup
     if wanted == "disk":
         table = uniform(sizes, "disk")
     else:
-        found = within(sizes, room, "disk", passes=needs.passes, update=needs.update)
+        found = within(
+            sizes,
+            room,
+            "disk",
+            passes=needs.in_passes,
+            update=needs.update,
+            released=True,
+            accumulated=accumulates(setting, strategy),
+        )
         if found is None:
             largest = max(sizes, key=lambda size: size.least)
-            process = base + largest.least + max(needs.passes, needs.update)
+            process = base + largest.least + max(needs.in_passes(sum(size.gradients for size in sizes)), needs.update)
             memory = math.ceil(process / forecast.tight_share)
             return Shortfall(memory_bytes=memory, row=largest.name, row_bytes=largest.least)
         table = found
-    left = room - table.kept_bytes(sizes)
+    ahead, left = table.update_room(sizes), room - table.kept_bytes(sizes)
+    moving = table.pass_bytes(sizes, accumulated=accumulates(setting, strategy))
+    left_in_passes = room - table.lasting_bytes(sizes) - needs.in_passes(table.away_gradients(sizes))
+    if needs.update + table.update_peak(sizes, ahead) > room:
+        ahead = max(min(left - needs.update, ahead), table.least_bytes(sizes))
     placement = Placement(
         table=table,
-        limit_bytes=max(min(left - needs.passes, table.pass_bytes(sizes)), table.least_bytes(sizes)),
-        update_limit_bytes=max(min(left - needs.update, table.update_room(sizes)), table.least_bytes(sizes)),
+        limit_bytes=max(min(left_in_passes, moving), table.least_bytes(sizes)),
+        update_limit_bytes=ahead,
         disk_bytes=table.tier_bytes(sizes, "disk"),
     )
     peak = _peak(placement, needs)
@@ -122,6 +169,11 @@ def gradient_width(precision: Precision, *, accumulated: bool) -> int | None:
     return (4 if accumulated else 2) if precision.masters else None
 
 
+def accumulates(setting: Setting, strategy: Strategy) -> bool:
+    """Whether a step has several micro-batches."""
+    return strategy.micro_batch < setting.job.training.global_batch
+
+
 def row_sizes(rows: Sequence[Row], precision: Precision, optimizer: str, *, accumulated: bool) -> tuple[Sizes, ...]:
     """Of a model's rows under a precision and an optimizer."""
     gradient = gradient_width(precision, accumulated=accumulated)
@@ -134,7 +186,7 @@ def planned_sizes(setting: Setting, strategy: Strategy) -> tuple[Sizes, ...]:
     job, precision = setting.job, setting.precision
     model = skeleton(setting.source, dtype=precision.load_dtype(adapter=setting.method.adapter), attention=strategy.attention)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
-    accumulated = strategy.micro_batch < job.training.global_batch
+    accumulated = accumulates(setting, strategy)
     return row_sizes(find_rows(model), precision, job.training.optimizer, accumulated=accumulated)
 
 
@@ -164,16 +216,21 @@ def demoted(placement: Placement, sizes: Sequence[Sizes], *, at_least: int) -> P
 
 def _peak(placement: Placement, needs: _Needs) -> Peak:
     """Of rows, activations and temporaries."""
-    table = placement.table
-    passes, update = needs.passes + placement.limit_bytes, needs.update + placement.update_limit_bytes
-    late = update > passes
+    table, sizes = placement.table, needs.sizes
     kept = {
-        kind: sum(getattr(size, kind) for size in needs.sizes if getattr(table.row(size.name), kind) == "device")
+        kind: sum(getattr(size, kind) for size in sizes if getattr(table.row(size.name), kind) == "device")
         for kind in ("weights", "gradients", "state")
     }
-    others = needs.update if late else needs.passes
+    lasting, moving = kept["weights"] + kept["state"], placement.limit_bytes
+    others, gradients = needs.passes.most(table.away_gradients(sizes))
+    update = table.update_peak(sizes, placement.update_limit_bytes)
+    late = needs.update + update > lasting + others + gradients + moving
+    if late:  # gradients of rows that are updated have gone when most is there
+        others, moving = needs.update, min(placement.update_limit_bytes, update - lasting)
+        gradients = update - lasting - moving
+    kept["gradients"] = gradients
     by_kind = dict(zip(KINDS, (kept["weights"] + needs.outside, kept["gradients"], kept["state"], others), strict=True))
-    by_kind["on the way to and from disk"] = max(passes, update) - others
+    by_kind["on the way to and from disk"] = moving
     return Peak(
         total_bytes=sum(by_kind.values()),
         phase="step 2: update" if late else "step 2: forward and backward",
@@ -187,7 +244,7 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
     model = skeleton(setting.source, dtype=precision.load_dtype(adapter=setting.method.adapter), attention=strategy.attention)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, meta=True)
     steps = largest_steps(setting.sets.train, setting.order, strategy)
-    accumulated = strategy.micro_batch < job.training.global_batch
+    accumulated = accumulates(setting, strategy)
     gradient = gradient_width(precision, accumulated=accumulated)
     rows = find_rows(model)
     sizes = row_sizes(rows, precision, job.training.optimizer, accumulated=accumulated)
@@ -206,18 +263,21 @@ def _needs(setting: Setting, strategy: Strategy) -> _Needs:
         layout=strategy.layout,
         later=steps.later,
     )
-    passes, update = _others(ledger)
-    # the gradient of a weight that embeddings and head share is there from the loss on
     shared = sum(size.gradients for size, row in zip(sizes, rows, strict=True) if len(row.modules) > 1)
-    return _Needs(sizes=sizes, outside=max(whole - sum(size.total for size in sizes), 0), passes=passes + shared, update=update)
+    return _Needs(
+        sizes=sizes,
+        outside=max(whole - sum(size.total for size in sizes), 0),
+        passes=_Passes.of(ledger, shared),
+        update=_update_bytes(ledger),
+    )
 
 
-def _others(ledger: Ledger) -> tuple[int, int]:
-    """The most that is live of what does not move: in passes, and in clipping and update."""
-    live, most = 0, [0, 0]
+def _update_bytes(ledger: Ledger) -> int:
+    """The most that is live in clipping and update of what does not move."""
+    live = most = 0
     for event in ledger.events:
         if ledger.kinds.get(event.storage) not in MOVED:
             live += event.size_bytes
-            late = event.phase.endswith(("clip", "update"))
-            most[late] = max(most[late], live)
-    return most[0], most[1]
+            if event.phase.endswith(("clip", "update")):
+                most = max(most, live)
+    return most

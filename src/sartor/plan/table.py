@@ -142,21 +142,31 @@ class Table:
         """What stays on the device."""
         return sum(getattr(size, kind) for size in sizes for kind in KINDS if getattr(self.row(size.name), kind) == "device")
 
+    def lasting_bytes(self, sizes: Sequence[Sizes]) -> int:
+        """The same without gradients, which are not there all the time."""
+        kinds = ("weights", "state")
+        return sum(getattr(size, kind) for size in sizes for kind in kinds if getattr(self.row(size.name), kind) == "device")
+
+    def away_gradients(self, sizes: Sequence[Sizes]) -> int:
+        """Bytes of gradients that live elsewhere."""
+        return sum(size.gradients for size in sizes if self.row(size.name).gradients != "device")
+
     def tier_bytes(self, sizes: Sequence[Sizes], place: Place) -> int:
         """What lives on a lower tier, activations apart."""
         return sum(getattr(size, kind) for size in sizes for kind in KINDS if getattr(self.row(size.name), kind) == place)
 
-    def pass_bytes(self, sizes: Sequence[Sizes]) -> int:
+    def pass_bytes(self, sizes: Sequence[Sizes], *, accumulated: bool = True) -> int:
         """At most so much of what lives elsewhere is on the device in forward and backward passes, where nothing limits it: the
-        weights of a row and of the next one, its gradients, those of the row before, which are written, and those of the next
-        one, which are fetched where they are added to."""
+        weights of a row and of the next one, its gradients, those of the row before, which are written, and, where several
+        micro-batches are `accumulated`, those of the next one, which are fetched to be added to."""
         rows = self._moved(sizes)
         if sizes and sizes[0].shared:  # what comes first comes last as well
             rows = [*rows, rows[0]]
         most = 0
         for before, row, after in _threes(rows):
             weights = row["weights"] + max(before["weights"], after["weights"])
-            most = max(most, weights + before["gradients"] + row["gradients"] + after["gradients"])
+            other = before["gradients"] + after["gradients"] if accumulated else max(before["gradients"], after["gradients"])
+            most = max(most, weights + row["gradients"] + other)
         return most
 
     def update_bytes(self, sizes: Sequence[Sizes]) -> int:
@@ -164,12 +174,27 @@ class Table:
         return max((sum(map(sum, (row.values() for row in three))) for three in _threes(self._moved(sizes))), default=0)
 
     def update_room(self, sizes: Sequence[Sizes]) -> int:
-        """What an update is given: a row and the next one, or three of the common size. Beside a row that is much larger than the
-        others, what has been updated is written before more is fetched."""
-        totals = [sum(row.values()) for row in self._moved(sizes)]
-        common = sorted(total for total in totals if total)
-        pairs = max((one + other for one, other in pairwise([*totals, 0])), default=0)
-        return min(max(pairs, 3 * common[len(common) // 2] if common else 0), self.update_bytes(sizes))
+        """The same on a CPU, where a row is written before the one after the next is fetched: two rows."""
+        return max((sum(two) for two in self._pairs(sizes)), default=0)
+
+    def _pairs(self, sizes: Sequence[Sizes]) -> list[tuple[int, int]]:
+        """Bytes that move of every row of which something moves, and of the next such row."""
+        moved = zip(self._moved(sizes), sizes, strict=True)
+        totals = [sum(entry.values()) for entry, size in moved if not self.row(size.name).stays]
+        return list(pairwise([*totals, 0]))
+
+    def update_peak(self, sizes: Sequence[Sizes], limit_bytes: int) -> int:
+        """The most of weights, gradients and state in memory in an update on a CPU, where what moves may take `limit_bytes`.
+        Gradients go as their rows are updated: first those of rows of which nothing moves, then the others. That is done before
+        the next row has come."""
+        here = [size.gradients if self.row(size.name).gradients == "device" else 0 for size in sizes]
+        moving = [each for each, size in zip(here, sizes, strict=True) if not self.row(size.name).stays]
+        pairs = self._pairs(sizes)
+        most, left = sum(here) + (pairs[0][0] if pairs else 0), sum(moving)
+        for (row, following), gradients in zip(pairs, moving, strict=True):
+            most = max(most, left + row, left - gradients + min(limit_bytes, row + following))
+            left -= gradients
+        return self.lasting_bytes(sizes) + most
 
     def moving_bytes(self, sizes: Sequence[Sizes]) -> int:
         """The larger of the two."""
@@ -209,25 +234,35 @@ def within(
     budget_bytes: int,
     place: Place,
     *,
-    passes: int = 0,
+    passes: Callable[[int], int] | None = None,
     update: int = 0,
+    released: bool = False,
+    accumulated: bool = True,
     activations: Place = "device",
 ) -> Table | None:
     """The table that keeps `budget_bytes` and moves least: of what must go to `place`, the cheapest kinds first, the last rows
     before the first. With room to fetch ahead if that can be, else for a whole row, else for slices of it. None where even moving
     everything needs more.
 
-    `passes`, `update`: what else is on the device in forward and backward passes, and in the update.
+    `passes`: bytes of gradients that live elsewhere → the most that gradients which stay and all but rows take in forward and
+    backward passes (by default, all gradients that stay); `update`: what else is on the device in the update;
+    `released`: gradients that stay go as their rows are updated; `accumulated`: a step may have several micro-batches.
     """
+    gradients = sum(size.gradients for size in sizes)
+    passes = passes or (lambda away: gradients - away)
     whole = uniform(sizes, "device", activations=activations)
     candidates = [whole, *less_and_less(sizes, place, whole)]
     for table in candidates:
-        ahead = max(passes + table.pass_bytes(sizes), update + table.update_room(sizes))
-        if table.kept_bytes(sizes) + ahead <= budget_bytes:
+        moving = table.pass_bytes(sizes, accumulated=accumulated)
+        pass_peak = table.lasting_bytes(sizes) + passes(table.away_gradients(sizes)) + moving
+        room = table.update_room(sizes)
+        update_peak = table.update_peak(sizes, room) if released else table.kept_bytes(sizes) + room
+        if max(pass_peak, update + update_peak) <= budget_bytes:
             return table
     for largest in (Table.row_bytes, Table.least_bytes):
         for table in candidates:
-            if table.kept_bytes(sizes) + largest(table, sizes) + max(passes, update) <= budget_bytes:
+            others = max(table.lasting_bytes(sizes) + passes(table.away_gradients(sizes)), table.kept_bytes(sizes) + update)
+            if others + largest(table, sizes) <= budget_bytes:
                 return table
     return None
 
