@@ -117,7 +117,7 @@ def build(
                 use_safetensors=True,
                 attn_implementation=attention,
                 output_loading_info=True,
-                **({} if quantise is None else loading_options(quantise, device)),
+                **({} if quantise is None else loading_options(quantise, device, source.config.model_type)),
             )
     except Exception as error:
         raise explain(source.path, error) from error

@@ -36,15 +36,30 @@ def check_loadable(source: ModelSource, quantise: QuantiseJob) -> None:
         )
 
 
-def loading_options(quantise: QuantiseJob, device: str) -> dict[str, Any]:
+_READ_DIRECTLY = {
+    "dt_proj": ("falcon_mamba", "jamba", "mamba"),
+    "out_proj": ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
+}
+"""Layers of state space models whose weights the model multiplies by itself, and the kinds of models that do."""
+
+
+def kept_layers(model_type: str) -> list[str] | None:
+    """Names of layers that are not quantised, since the model does not call them; None: as transformers decides."""
+    kept = [name for name, kinds in _READ_DIRECTLY.items() if model_type in kinds]
+    return ["lm_head", *kept] if kept else None
+
+
+def loading_options(quantise: QuantiseJob, device: str, model_type: str) -> dict[str, Any]:
     """What `from_pretrained` takes to quantise while it loads, straight to `device`."""
     from transformers import BitsAndBytesConfig
 
+    kept = kept_layers(model_type)
     if quantise.mode == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=kept,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=quantise.double,
             bnb_4bit_compute_dtype=_DTYPES[quantise.compute],
@@ -72,7 +87,8 @@ def quantise_skeleton(model: nn.Module, quantise: QuantiseJob, *, kind: str = "c
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    model_type = getattr(model.config, "model_type", "")
+    kept = HfQuantizer.get_modules_to_not_convert(model, kept_layers(model_type), model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         # As transformers.integrations.bitsandbytes.replace_with_bnb_linear chooses.
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):

@@ -18,6 +18,7 @@ from torch import nn
 
 from sartor.data.pack import Batch
 from sartor.model.regions import Reduction
+from sartor.predict.experts import even_experts
 from sartor.predict.ledger import OUTSIDE, PAGED, Ledger
 from sartor.predict.results import fake_mode
 from sartor.predict.target import Target
@@ -266,13 +267,15 @@ def _quiet_logs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _values_allowed() -> Iterator[None]:
-    """Let transformers take the branch of a real run, not the one it keeps for tracers, when it builds attention masks."""
+    """Let transformers take the branch of a real run, not the one it keeps for tracers, when it builds attention masks; experts
+    that look at values do without."""
     from transformers import masking_utils
 
     original = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: False
     try:
-        yield
+        with even_experts():
+            yield
     finally:
         masking_utils.is_tracing = original
 

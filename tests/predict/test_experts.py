@@ -1,0 +1,56 @@
+"""Models whose code looks at values, or at weights: forecast as they run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from sartor.job import from_mapping
+from sartor.model import ModelSource, build, skeleton
+from sartor.model.quantise import quantise_skeleton
+from sartor.predict import StorageTracker
+from sartor.predict.trace import run_traced_step
+from sartor.predict.whole import trace_job
+from sartor.step import Precision, make_step, make_trainable
+
+from .test_repeat import batches
+from .test_sharded import CPU
+
+EXPERTS = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
+ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_that_ask_for_their_tokens(recompute: bool) -> None:
+    """A fresh model spreads tokens about evenly, as the forecast takes it; gradients of these experts are whole tensors."""
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 4, "vocab_size": 320, "max_seq_len": 128}
+    config = AutoConfig.for_model("dbrx", **sizes, ffn_config=EXPERTS, attn_config=ATTENTION)
+    source = ModelSource(path="dbrx", config=config, has_weights=False)
+    job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
+    precision = Precision.of("float32")
+    forecast = trace_job(job, source, batches(2), CPU, precision=precision, recompute=recompute, attention=None).peak()
+
+    model = make_trainable(build(source, dtype=torch.float32, device="cpu"), job, precision, recompute=recompute, seed=0)
+    tracker = StorageTracker()
+    with tracker:
+        tracker.mark([*model.parameters(), *model.buffers()], "weights")
+        step = make_step(model, job, precision, device_kind="cpu")
+        for number in range(2):
+            run_traced_step(tracker, step, batches(2), 34, number=number)
+    measured = tracker.ledger.peak()
+    assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.05)  # they are not quite even
+    assert forecast.by_kind["weights"] == measured.by_kind["weights"]
+
+
+def test_weights_that_a_model_multiplies_itself_are_not_quantised() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320, "state_size": 8}
+    source = ModelSource(path="mamba", config=AutoConfig.for_model("mamba", **sizes), has_weights=False)
+    job = from_mapping({"model": "unused", "data": "unused", "method": "qlora"})
+    assert job.quantise is not None
+    model = quantise_skeleton(skeleton(source, dtype=torch.bfloat16), job.quantise)
+    plain = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert plain == {"dt_proj", "lm_head"}
+    ledger = trace_job(job, source, batches(1), CPU, precision=Precision.of("bf16-mixed"), recompute=False, attention=None)
+    assert "gradients" in ledger.kinds.values()
