@@ -26,9 +26,20 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+@pytest.fixture(scope="session")
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled loops, of all tests and of the processes that they start: compiling takes longer than most of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, _kernels: Path) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "kernels").symlink_to(_kernels)
+    monkeypatch.setenv("SARTOR_CACHE", str(cache))
 
 
 @pytest.fixture(autouse=True)

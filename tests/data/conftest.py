@@ -24,11 +24,6 @@ TEXTS = [
 ] * 3
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def byte_level(tmp_path: Path) -> Callable[..., Any]:
     """A byte-level BPE tokenizer like GPT-2's; `adds_bos` lets it begin sequences with <s>."""
