@@ -1,6 +1,6 @@
 """Limits honoured: random jobs under `machine.host_memory`, each run in a process that cannot have more.
 
-    python benchmarks/limits.py [--fits 20] [--refused 10] [--seed 0] [--host-memory 3GiB] [--seconds 90]
+    python benchmarks/limits.py [--fits 20] [--refused 10] [--seed 0] [--host-memory 3GiB] [--seconds 300]
 
 Each job is planned with the limit. Where the plan says that it fits (or is tight), `sartor train` runs it to the end in a memory
 control group of that size, whose processes are killed when they take more (where none can be made: under RLIMIT_DATA, which

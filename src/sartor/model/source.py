@@ -50,6 +50,7 @@ def resolve(job: ModelJob) -> ModelSource:
         raise ModelError(f"{path} holds no config.json", why="a model folder needs one", remedy="check `model.path`")
     try:
         config = AutoConfig.from_pretrained(job.path, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        _take_flat_sizes(config, job)
     except Exception as error:
         raise explain(job.path, error) from error
     has_weights = not (config_only or job.random_weights)
@@ -58,6 +59,19 @@ def resolve(job: ModelJob) -> ModelSource:
     return ModelSource(
         path=job.path, config=config, has_weights=has_weights, revision=job.revision, trust_remote_code=job.trust_remote_code
     )
+
+
+def _take_flat_sizes(config: Any, job: ModelJob) -> None:
+    """Some files of models that see have the sizes of their decoder at the top, where transformers leaves them unread and takes
+    sizes of its own."""
+    text = config.get_text_config()
+    name = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+    if name is None:
+        return
+    given, _ = type(config).get_config_dict(job.path, revision=job.revision)
+    if name not in given and "num_hidden_layers" in given:
+        sizes = {key: value for key, value in given.items() if key not in ("architectures", "model_type")}
+        setattr(config, name, type(text).from_dict(sizes))
 
 
 def weights_folder(source: ModelSource) -> Path | None:
