@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from sartor.job import from_mapping
+from sartor.data.pack import Batch
+from sartor.job import Job, from_mapping
 from sartor.methods import traits
-from sartor.model import build
-from sartor.predict import StorageTracker
+from sartor.model import ModelSource, build
+from sartor.predict import Peak, StorageTracker
 from sartor.predict.trace import run_traced_step
 from sartor.predict.whole import trace_job
 from sartor.step import Precision, make_step, make_trainable
@@ -27,6 +28,29 @@ CASES = [
 ]
 
 
+def counted(
+    job: Job,
+    model_source: ModelSource,
+    given: list[Batch],
+    *,
+    precision: Precision,
+    recompute: bool,
+    attention: str | None = None,
+    packed: bool = False,
+) -> Peak:
+    """The peak of two real steps, on random weights."""
+    dtype = precision.load_dtype(adapter=traits(job).adapter)
+    model = build(model_source, dtype=dtype, device="cpu", attention=attention)
+    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
+    tracker = StorageTracker(packed=packed)
+    with tracker:
+        tracker.mark([*model.parameters(), *model.buffers()], "weights")
+        step = make_step(model, job, precision, device_kind="cpu")
+        for number in range(2):
+            run_traced_step(tracker, step, given, 34, number=number)
+    return tracker.ledger.peak()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("kind", "method", "mode", "recompute"), CASES)
 def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, recompute: bool) -> None:
@@ -35,15 +59,7 @@ def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, re
     precision, model_source = Precision.of(mode), source(kind, **small)
     forecast = trace_job(job, model_source, batches(2), CPU, precision=precision, recompute=recompute, attention=None).peak()
 
-    model = build(model_source, dtype=precision.load_dtype(adapter=traits(job).adapter), device="cpu")
-    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
-    tracker = StorageTracker()
-    with tracker:
-        tracker.mark([*model.parameters(), *model.buffers()], "weights")
-        step = make_step(model, job, precision, device_kind="cpu")
-        for number in range(2):
-            run_traced_step(tracker, step, batches(2), 34, number=number)
-    measured = tracker.ledger.peak()
+    measured = counted(job, model_source, batches(2), precision=precision, recompute=recompute)
     assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.005)
     assert forecast.by_kind["weights"] == measured.by_kind["weights"]
 
@@ -58,12 +74,5 @@ def test_attention_by_segments_is_forecast_as_it_runs(kind: str, packing: bool, 
     given = batches(2, packing=packing)
     options: dict[str, Any] = {"recompute": recompute, "attention": "segments"}
     forecast = trace_job(job, model_source, given, CPU, precision=precision, **options).peak()
-    model = build(model_source, dtype=precision.load_dtype(adapter=False), device="cpu", attention="segments")
-    model = make_trainable(model, job, precision, recompute=recompute, seed=0)
-    tracker = StorageTracker(packed=packing)
-    with tracker:
-        tracker.mark([*model.parameters(), *model.buffers()], "weights")
-        step = make_step(model, job, precision, device_kind="cpu")
-        for number in range(2):
-            run_traced_step(tracker, step, given, 34, number=number)
-    assert forecast.total_bytes == pytest.approx(tracker.ledger.peak().total_bytes, rel=0.005)
+    measured = counted(job, model_source, given, precision=precision, packed=packing, **options)
+    assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.005)

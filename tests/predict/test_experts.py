@@ -12,13 +12,12 @@ from transformers import AutoConfig
 
 from sartor.job import from_mapping
 from sartor.job.schema import ModelJob
-from sartor.model import ModelSource, build, resolve, skeleton
+from sartor.model import ModelSource, resolve, skeleton
 from sartor.model.quantise import quantise_skeleton
-from sartor.predict import StorageTracker
-from sartor.predict.trace import run_traced_step
 from sartor.predict.whole import trace_job
-from sartor.step import Precision, make_step, make_trainable
+from sartor.step import Precision
 
+from .test_exact import counted
 from .test_repeat import batches
 from .test_sharded import CPU
 
@@ -36,14 +35,7 @@ def test_experts_that_ask_for_their_tokens(recompute: bool) -> None:
     precision = Precision.of("float32")
     forecast = trace_job(job, source, batches(2), CPU, precision=precision, recompute=recompute, attention=None).peak()
 
-    model = make_trainable(build(source, dtype=torch.float32, device="cpu"), job, precision, recompute=recompute, seed=0)
-    tracker = StorageTracker()
-    with tracker:
-        tracker.mark([*model.parameters(), *model.buffers()], "weights")
-        step = make_step(model, job, precision, device_kind="cpu")
-        for number in range(2):
-            run_traced_step(tracker, step, batches(2), 34, number=number)
-    measured = tracker.ledger.peak()
+    measured = counted(job, source, batches(2), precision=precision, recompute=recompute)
     assert forecast.total_bytes == pytest.approx(measured.total_bytes, rel=0.05)  # they are not quite even
     assert forecast.by_kind["weights"] == measured.by_kind["weights"]
 
