@@ -14,7 +14,7 @@ from sartor.model import dissect, skeleton
 from sartor.model.regions import reduce_depth
 from sartor.model.rows import Row, find_rows
 from sartor.plan.levels import Level, everything, host_bytes, levels, spilled
-from sartor.plan.placed import gradient_width, row_sizes
+from sartor.plan.placed import accumulates, gradient_width, row_sizes
 from sartor.plan.setting import Setting
 from sartor.plan.strategy import Strategy
 from sartor.plan.table import Sizes, Table
@@ -99,7 +99,7 @@ class Ground:
 
     def accumulates(self, strategy: Strategy) -> bool:
         """Whether a step has several micro-batches."""
-        return strategy.micro_batch < self.setting.job.training.global_batch
+        return accumulates(self.setting, strategy)
 
     def gradient_width(self, *, accumulated: bool) -> int:
         """Bytes of an element."""
