@@ -18,11 +18,9 @@ from sartor.kernels.native import products_library
 pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(params=["as it is", "PyTorch's products", "floats"])
+@pytest.fixture(params=["as it is", "floats"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this processor; of one whose large products are faster by PyTorch; of one that multiplies no pairs."""
-    if request.param != "as it is":
-        monkeypatch.setattr(lora, "is_fastest", lambda: False)
+    """Of this processor; of one that multiplies no pairs."""
     if request.param == "floats":
         monkeypatch.setattr(lora, "takes", lambda *_: False)
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sartor.kernels import matmul, native
 from sartor.kernels.fuse import fuse, unfuse
-from sartor.kernels.matmul import LEAST_ROWS, is_fastest, linear, multiplies, multiply, product
+from sartor.kernels.matmul import LEAST_ROWS, linear, multiplies, multiply, product
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
 ROUNDING = 2**-8
@@ -30,6 +31,21 @@ def near(found: torch.Tensor, exact: torch.Tensor) -> bool:
     return bool((error <= ROUNDING * exact.abs() + 1e-5 * exact.abs().max()).all())
 
 
+@pytest.fixture(params=["as it is", "pairs"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one; this one without its tiles."""
+    if request.param == "pairs":
+        if not matmul.has_tiles():
+            pytest.skip("this processor has no tiles")
+        flags = "-fno-exceptions", "-ffp-contract=fast", "-mno-amx-tile"
+        loaded = native.compiled("pairs", native._PRODUCTS, native._TILES, flags=flags)
+        monkeypatch.setattr(matmul, "products_library", lambda: loaded)
+        monkeypatch.setattr(matmul, "_worth", loaded.matmul_worth)
+        assert matmul.multiplies()
+        assert not matmul.has_tiles()
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [
@@ -53,10 +69,6 @@ def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, boo
     exact = (a.double() @ b.double() + more[0].double() @ more[1].double()) * 0.5 + bias.double()
     multiply(a, b, c, more=more, bias_N=bias, scale=0.5)
     assert near(c, exact)
-    if not turned[2]:
-        before = c.double()
-        multiply(a, b, c, more=more, bias_N=bias, scale=0.5, adds=True)
-        assert near(c, exact + before)
 
 
 def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone() -> None:
@@ -95,7 +107,6 @@ def test_a_linear_layer_and_its_gradients(bias: bool) -> None:
         assert (one.double() - other).norm() < 5e-3 * other.norm()
 
 
-@pytest.mark.skipif(not is_fastest(), reason="PyTorch's products are faster here")
 def test_layers_of_a_model_take_part_and_give_it_back() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32, bias=False)).to(torch.bfloat16)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sartor.kernels.fused import FORMATS, suited
-from sartor.kernels.matmul import is_fastest, multiply, takes
+from sartor.kernels.matmul import multiply, takes
 from sartor.kernels.native import operator, products_library
 
 MOST_RANK = 64
@@ -100,21 +100,16 @@ class _Layer(NamedTuple):
 
 
 def _in_pairs(layer: _Layer, x_MK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer, and scale x A^T in bfloat16. Ours sums the adapter's part up with the frozen layer's."""
+    """The layer, and scale x A^T in bfloat16."""
     low_MR = multiply(x_MK, layer.a_RK.t(), scale=layer.scale)
-    if is_fastest():
-        return multiply(x_MK, layer.weight_NK.t(), more=(low_MR, layer.b_NR.t()), bias_N=bias), low_MR
-    return multiply(low_MR, layer.b_NR.t(), F.linear(x_MK, layer.weight_NK, bias), adds=True), low_MR
+    return multiply(x_MK, layer.weight_NK.t(), more=(low_MR, layer.b_NR.t()), bias_N=bias), low_MR
 
 
 def _in_pairs_backward(
     layer: _Layer, gradient_MN: Tensor, x_MK: Tensor, low_MR: Tensor, *, wanted: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    to_low_MR, to_x_MK = multiply(gradient_MN, layer.b_NR, scale=layer.scale), None
-    if wanted and is_fastest():
-        to_x_MK = multiply(gradient_MN, layer.weight_NK, more=(to_low_MR, layer.a_RK))
-    elif wanted:
-        to_x_MK = multiply(to_low_MR, layer.a_RK, torch.mm(gradient_MN, layer.weight_NK), adds=True)
+    to_low_MR = multiply(gradient_MN, layer.b_NR, scale=layer.scale)
+    to_x_MK = multiply(gradient_MN, layer.weight_NK, more=(to_low_MR, layer.a_RK)) if wanted else None
     to_b_NR = torch.empty_like(layer.b_NR)
     multiply(low_MR.t(), gradient_MN, to_b_NR.t())
     return to_x_MK, multiply(to_low_MR.t(), x_MK), to_b_NR

@@ -1,8 +1,8 @@
 """Matrix products of bfloat16 numbers on a CPU by loops of our own (`matmul.cpp`), and linear layers that use them.
 
-For processors that multiply pairs of bfloat16 numbers (AVX-512 BF16) PyTorch's library compiles code for every shape, and reaches
-nine tenths of what these do; they take any shape as it comes, and add a product of low rank on the way, which is what an adapter
-needs (`lora.py`). Sums are in float32, rounded once, and do not depend on the number of threads.
+For processors that multiply pairs of bfloat16 numbers (AVX-512 BF16) or tiles of them (AMX). PyTorch's library compiles code for
+every shape, and reaches nine tenths or less of what these do; they take any shape as it comes, and add a product of low rank on
+the way, which is what an adapter needs (`lora.py`). Sums are in float32, rounded once, whatever the number of threads.
 
 Shapes: M x K times K x N; a linear layer has M rows, K input and N output channels.
 """
@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from sartor.kernels.native import operator, products_library
 
 LEAST_ROWS = 16
 """Of a linear layer's input; with fewer, laying out the weight is most of the work."""
-_PANEL, _ROWS, _STEP = 64, 12, 32
+_STEP = 32
 _MOST_DEPTH = 2048
-"""Numbers summed over with a panel of b in the second cache: 256 KiB."""
+"""Numbers summed over with a panel of b in the second cache: 256 or 384 KiB."""
 _TASK_ROWS = 1008
 _PACKED_BYTES = 4 * 2**20
 """Of rows that do not lie in memory one behind the other, laid out at a time."""
@@ -38,8 +39,8 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b", "more_a", "more_b", "bias", "c")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "more_k", "a_row", "b_row", "more_a_row", "more_b_row", "c_row")),
-        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned", "adds")),
-        *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "depth", "task_rows", "packed_rows")),
+        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned")),
+        *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "panel", "depth", "task_rows", "packed_rows")),
         ("scale", ctypes.c_float),
     )
 
@@ -55,8 +56,8 @@ def multiplies() -> bool:
     return _worth() > 0
 
 
-def is_fastest() -> bool:
-    """Whether large products are faster than PyTorch's."""
+def has_tiles() -> bool:
+    """Whether it multiplies tiles of numbers, and the system lets this process."""
     return _worth() > 1
 
 
@@ -75,9 +76,8 @@ def multiply(
     more: tuple[Tensor, Tensor] | None = None,
     bias_N: Tensor | None = None,
     scale: float = 1.0,
-    adds: bool = False,
 ) -> Tensor:
-    """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given, or added to it.
+    """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given.
 
     Matrices are bfloat16, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
     """
@@ -87,13 +87,13 @@ def multiply(
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
         room = a_MK.new_empty(_Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes, dtype=torch.uint8)
-        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds)
+        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale)
     return c_MN
 
 
 def product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, bias_N: Tensor | None = None) -> None:
     """c = a b + bias by what is fastest here."""
-    if is_fastest() and takes(a_MK, b_KN, c_MN):
+    if takes(a_MK, b_KN, c_MN):
         multiply(a_MK, b_KN, c_MN, bias_N=bias_N)
     elif bias_N is None:
         torch.mm(a_MK, b_KN, out=c_MN)
@@ -105,26 +105,38 @@ def _is_turned(matrix: Tensor) -> bool:
     return matrix.stride(1) != 1
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """How a product is cut: what a task is, and the memory that all of them need beside the result."""
+    """How a product is cut: columns that are laid out together, what a task is, and the memory beside the result."""
 
-    def __init__(self, *, depth: int, task_rows: int, packed_rows: int, thread_bytes: int, packed_bytes: int) -> None:
-        self.depth, self.task_rows, self.packed_rows, self.thread_bytes = depth, task_rows, packed_rows, thread_bytes
-        self.room_bytes = torch.get_num_threads() * thread_bytes + packed_bytes
+    panel: int
+    depth: int
+    task_rows: int
+    packed_rows: int
+    thread_bytes: int
+    packed_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        return torch.get_num_threads() * self.thread_bytes + self.packed_bytes
 
     @classmethod
     def of(cls, m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
+        panel, group, step = (96, 16, _STEP) if has_tiles() else (64, 12, 2)
         rows = m
         if turned:  # rows of a are laid out first, some thousand at a time
-            rows = min(_up(m, _ROWS), max(_PACKED_BYTES // (2 * _up(k, 2)) // _ROWS, 1) * _ROWS)
-        pieces = max(-(-_PIECES * torch.get_num_threads() // -(-n // _PANEL)), -(-rows // _TASK_ROWS))
-        task_rows = max(_up(-(-rows // pieces), _ROWS), _ROWS)
+            rows = min(_up(m, group), max(_PACKED_BYTES // (2 * _up(k, step)) // group, 1) * group)
+        pieces = max(-(-_PIECES * torch.get_num_threads() // -(-n // panel)), -(-rows // _TASK_ROWS))
+        task_rows = max(_up(-(-rows // pieces), group), group)
         depth = min(_up(k, _STEP), _MOST_DEPTH)
-        thread_bytes = 2 * _PANEL * (depth + _up(more_k, _STEP))
-        if depth < k:
-            thread_bytes += 4 * _PANEL * task_rows
-        packed_bytes = 2 * rows * _up(k, 2) if turned else 0
-        return cls(depth=depth, task_rows=task_rows, packed_rows=rows, thread_bytes=thread_bytes, packed_bytes=packed_bytes)
+        return cls(
+            panel=panel,
+            depth=depth,
+            task_rows=task_rows,
+            packed_rows=rows,
+            thread_bytes=2 * panel * (depth + _up(more_k, _STEP)) + (4 * panel * task_rows if depth < k else 0),
+            packed_bytes=2 * rows * _up(k, step) if turned else 0,
+        )
 
 
 def _up(size: int, step: int) -> int:
@@ -140,7 +152,6 @@ def _matmul(
     more_a: Tensor | None,
     more_b: Tensor | None,
     scale: float,
-    adds: bool,
 ) -> None:
     loaded = products_library()
     if loaded is None or not multiplies():
@@ -152,15 +163,15 @@ def _matmul(
     places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c))
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
     problem = _Problem(
-        *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
-        torch.get_num_threads(), blocks.thread_bytes, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
+        *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)),
+        torch.get_num_threads(), blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
     )  # fmt: skip
     loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
 
 
 matmul_ = operator(
-    "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale, "
-    "bool adds) -> ()",
+    "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale) "
+    "-> ()",
     _matmul,
     lambda *_: None,
 )
@@ -171,8 +182,8 @@ matmul_ = operator(
 
 
 def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """A forward for a plain linear layer in bfloat16; None for anything else, and where PyTorch's products are as fast."""
-    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not is_fastest():
+    """A forward for a plain linear layer in bfloat16; None for anything else, and on processors that cannot."""
+    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not multiplies():
         return None
     return functools.partial(_run, module)
 
@@ -204,7 +215,7 @@ class _Linear(torch.autograd.Function):
         gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
         to_x = multiply(gradient_MN, weight_NK).view(*given[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
         to_weight_NK = None
-        if ctx.needs_input_grad[1]:  # of results that are taller than wide PyTorch's products are faster
-            tall = weight_NK.shape[0] > weight_NK.shape[1]
+        if ctx.needs_input_grad[1]:  # where results are taller than wide PyTorch's products by pairs are faster
+            tall = weight_NK.shape[0] > weight_NK.shape[1] and not has_tiles()
             to_weight_NK = torch.mm(gradient_MN.t(), x_MK) if tall else multiply(gradient_MN.t(), x_MK)
         return to_x, to_weight_NK, gradient_MN.sum(0) if ctx.needs_input_grad[2] else None

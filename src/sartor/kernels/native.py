@@ -24,7 +24,8 @@ import torch
 from sartor.folders import cache_folder
 
 HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
-_TILES, *_PRODUCTS = (Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "lora.cpp", "matmul.cpp"))
+_TILES = tuple(Path(__file__).with_name(name) for name in ("native.h", "tile.h", "pairs.h", "amx.h"))
+_PRODUCTS = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "lora.cpp", "matmul.cpp"))
 
 _COMMON = (
     "-std=c++17",
@@ -53,7 +54,7 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def products_library() -> ctypes.CDLL | None:
     """The compiled loops with small products in them, or None where they cannot be compiled. Products may be fused with sums."""
-    return compiled("products", _PRODUCTS, (HEADER, _TILES), flags=("-fno-exceptions", "-ffp-contract=fast"))
+    return compiled("products", _PRODUCTS, _TILES, flags=("-fno-exceptions", "-ffp-contract=fast"))
 
 
 def compiled(

@@ -14,7 +14,7 @@ import torch
 from sartor.kernels.attend import NUMBERS, attend_, attend_backward_
 from sartor.kernels.lora import add_low_rank_, low_rank_backward_
 from sartor.kernels.loss import Extent, linear_cross_entropy_
-from sartor.kernels.matmul import is_fastest, matmul_
+from sartor.kernels.matmul import matmul_, multiplies
 from sartor.predict.operations import Operation
 from sartor.predict.rates import COMPILED as BY_OWN_LOOPS
 
@@ -40,7 +40,7 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
     weights = weight_VH * rows // chunk
     common: dict[str, Any] = {"dtype": str(extent.compute).removeprefix("torch."), "made_bytes": 0}
     product: dict[str, Any] = {"name": HEAD, "family": "matmul", "flops": 2 * rows * columns * width, **common}
-    form = BY_OWN_LOOPS if extent.compute == torch.bfloat16 and is_fastest() else ""
+    form = BY_OWN_LOOPS if extent.compute == torch.bfloat16 and multiplies() else ""
     sizes = 1, chunk, columns, width
     made = [
         Operation(**product, read_bytes=hidden_NH + weights, written_bytes=logits_NV, sizes=sizes, form=form + "nt"),
@@ -114,7 +114,7 @@ def low_rank(args: Sequence[Any], *, backward: bool) -> list[Operation]:
 
 def product(args: Sequence[Any]) -> list[Operation]:
     """A call of `matmul_`: its product, with what it adds of low rank."""
-    a, b, c, _, _, more_a, _, _, adds = args
+    a, b, c, _, _, more_a, *_ = args
     (m, k), n, more_k = a.shape, b.shape[1], 0 if more_a is None else more_a.shape[1]
     size, turned = a.element_size(), ("t" if matrix.stride(1) != 1 else "n" for matrix in (a, b))
     made = Operation(
@@ -122,7 +122,7 @@ def product(args: Sequence[Any]) -> list[Operation]:
         family="matmul",
         dtype=str(a.dtype).removeprefix("torch."),
         flops=2 * m * n * (k + more_k),
-        read_bytes=size * ((m + n) * (k + more_k) + m * n * adds),
+        read_bytes=size * (m + n) * (k + more_k),
         written_bytes=c.numel() * size,
         made_bytes=0,
         sizes=(1, m, n, k),
