@@ -5,8 +5,9 @@
 Before every job the machine is calibrated (`sartor machine --calibrate`), then the job is forecast and run (`python -m sartor
 train`, a process of its own); with `--ranking` the machine is calibrated once, before the first. Measured is the median step of
 metrics.jsonl after warm-up; where lengths differ, forecast and measurement are both means over the run. A machine that others
-share changes while a job runs: where the calibration after it would have forecast another time by more than a tenth ("drift"), the
-job is run again, once, and both tries are in the file; the last one counts, whatever its error. `--ranking` runs
+share changes while a job runs: where the calibration after it would have forecast another time by more than a tenth ("drift"),
+the job is run again, once, and both tries are in the file; the last one counts, whatever its error.
+`--ranking` runs
 candidates of small jobs (micro-batches, packing, recomputation) and tells how much slower than the fastest of them the planner's
 own choice is, and the one with the shortest forecast. Candidates that are forecast to take more than 1.6 times as long as the
 shortest are listed and not run; those that took at most 1.1 times as long as the fastest run once more, and the shorter of both

@@ -76,7 +76,7 @@ def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
 
     for name, value in {"_ROWS_M": (16,), "_SHAPES_NK": ((64, 64),), "_MEMORY_BYTES": (), "_LENGTHS": ()}.items():
         monkeypatch.setattr(measure_module, name, value)
-    monkeypatch.setattr(Clock, "seconds", lambda clock, call, budget=0.0, typical=False: max(clock.once(call), 1e-9))
+    monkeypatch.setattr(Clock, "seconds", lambda clock, call, budget=0.0: max(clock.once(call), 1e-9))
     monkeypatch.setattr(sys.modules[calibrate.__module__], "_largest_bytes", lambda _: 2**20)
     monkeypatch.setattr(sys.modules[calibrate.__module__], "_waited", lambda *_: 0.0)
     out = run(capsys, "machine", "--device", "cpu", "--threads", "1", "--calibrate", "--folder", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -45,12 +46,11 @@ class Clock:
         self.wait()
         return time.perf_counter() - start
 
-    def seconds(self, call: Call, budget: float = 0.03, *, typical: bool = False) -> float:
-        """Of one call, warm: the third lowest of batches measured for `budget` seconds.
+    def seconds(self, call: Call, budget: float = 0.03) -> float:
+        """Of one call, warm: the median of batches measured for `budget` seconds.
 
-        Other processes make calls slower, never faster, so the low end is what the machine does when it is left alone. Where
-        it is not, measuring goes on for a while, until the three lowest agree. `typical`: the median instead, for what is Python
-        and threads that wait for each other more than arithmetic: at its best it is a third faster than a run ever finds it.
+        The lowest times are what the machine does when it is left alone; where others share it (virtual machines), steps take up
+        to a fifth longer than rates by these would have it. Where not even the three lowest agree, measuring goes on for a while.
         """
         call()
         start = time.perf_counter()
@@ -61,5 +61,4 @@ class Clock:
             if spent >= budget and len(batches) >= _LEAST_BATCHES and sorted(batches)[2] <= _AGREEMENT * min(batches):
                 break
             batches.append(self.once(call, times) / times)
-        place = len(batches) // 2 if typical else min(2, len(batches) - 1)
-        return max(sorted(batches)[place], 1e-9)
+        return max(statistics.median_low(batches), 1e-9)

@@ -98,8 +98,8 @@ def _of_blocks(clock: Clock, view_seconds: tuple[float, float], model: nn.Module
     shares = []
     passes = (forward, products, ahead), (backward, backward_products, back)
     for (whole, part, count), view in zip(passes, view_seconds, strict=True):
-        taken = clock.seconds(whole, budget=0.3, typical=True)
-        rest = taken - clock.seconds(part, budget=0.3, typical=True) - count.views * view
+        taken = clock.seconds(whole, budget=0.3)
+        rest = taken - clock.seconds(part, budget=0.3) - count.views * view
         shares.append(max(rest, taken / 4) / count.operators)
     return shares[0], shares[1]
 
