@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that stay, so that importing the libraries is paid once."""
+"""Real ranks for tests: processes that stay, forked from one that has imported the libraries."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+LIBRARIES = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "transformers", "peft", "sartor.api", "pytest"]
+"""Imported once for all ranks, by the process that they are forked from."""
 SECONDS = 300
 """Longest that a test's ranks may take."""
 
@@ -47,7 +49,8 @@ def _serve(pipe: Connection) -> None:
 
 @functools.cache
 def _rank(number: int) -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()

@@ -78,6 +78,15 @@ def test_any_case_is_refused_or_runs_within_its_budget(tmp_path: Path, seed: int
     run_case(Case.draw(seed), tmp_path)
 
 
+def test_state_that_is_more_than_adams_is_expected_before_the_first_step(tmp_path: Path) -> None:
+    """AMSGrad keeps three numbers an element: its row goes by slices from the first update on, or needs more than its budget."""
+    case = Case.draw(108)
+    assert (case.optimizer, case.policy) == ("amsgrad", "auto")
+    outcome = run_case(case, tmp_path)
+    assert outcome.refused
+    assert outcome.measured_bytes == outcome.budget_bytes
+
+
 class Odd(nn.Module):
     """Weights that are read without a call of their module, a module that is called twice, and one that is not used."""
 

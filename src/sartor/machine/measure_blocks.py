@@ -76,8 +76,10 @@ def _of_blocks(clock: Clock, view_seconds: tuple[float, float], model: nn.Module
 
     trained = list(model.parameters())
 
-    def backward() -> None:
-        torch.autograd.grad(end, trained, retain_graph=True)
+    def both() -> None:
+        forward().backward()
+        for weight in trained:
+            weight.grad = None
 
     @torch.no_grad()
     def products() -> None:
@@ -91,14 +93,15 @@ def _of_blocks(clock: Clock, view_seconds: tuple[float, float], model: nn.Module
             torch.mm(gradient, weight)
             torch.mm(gradient.t(), inputs[weight.shape[1]])
 
-    with _Count() as ahead:
+    with _Count() as going:
         end = forward()
     with _Count() as back:
-        backward()
+        end.backward()
     shares = []
-    passes = (forward, products, ahead), (backward, backward_products, back)
-    for (whole, part, count), view in zip(passes, view_seconds, strict=True):
-        taken = clock.seconds(whole, budget=0.3)
+    ahead = clock.seconds(forward, budget=0.3)
+    behind = max(clock.seconds(both, budget=0.4) - ahead, ahead / 4)  # with freeing what forward kept
+    passes = (ahead, products, going), (behind, backward_products, back)
+    for (taken, part, count), view in zip(passes, view_seconds, strict=True):
         rest = taken - clock.seconds(part, budget=0.3) - count.views * view
         shares.append(max(rest, taken / 4) / count.operators)
     return shares[0], shares[1]

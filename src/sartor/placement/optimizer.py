@@ -10,6 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -22,10 +23,7 @@ from sartor.placement.engine import Engine
 from sartor.placement.gradients import AwayGradient
 from sartor.placement.host import Before, HostOptimizer
 from sartor.placement.live import LiveRow
-from sartor.placement.slices import Slices, can_slice
-
-_MOMENTS_BYTES = 8
-"""Of a parameter's element, at most so far as anybody knows before an optimizer's first step."""
+from sartor.placement.slices import Slices, can_slice, kept_bytes
 
 
 def _put_back(chunks: Sequence[Chunk]) -> None:
@@ -64,6 +62,11 @@ class StreamedOptimizer:
         for live in self._engine.moving:
             self.keep_state(live)
             self._engine.mover.settle()
+
+    @cached_property
+    def _kept_bytes(self) -> float:
+        """Of an element, once there has been a step."""
+        return kept_bytes(self.optimizer)
 
     @property
     def _on_host(self) -> list[LiveRow]:
@@ -167,7 +170,7 @@ class StreamedOptimizer:
             return False
         plain = all(p.is_contiguous() and gradients[p].is_contiguous() for p in live.trained if p in gradients)
         begun = any(key != RESIDUAL for p in live.trained for key in self.optimizer.state.get(p, ()))
-        state = chunk.size + (0 if begun else sum(_MOMENTS_BYTES * p.numel() for p in live.trained))
+        state = chunk.size if begun else max(chunk.size, int(sum(self._kept_bytes * p.numel() for p in live.trained)))
         return plain and state + sum(other.size for other in chunks if other is not chunk) > limit
 
     def _row(

@@ -6,7 +6,6 @@ given. `parameter.grad` of a row that is away is a stand-in that brings the valu
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import warnings
 import weakref
@@ -24,7 +23,7 @@ from sartor.placement.engine import Engine
 from sartor.placement.fill import from_folder
 from sartor.placement.live import LiveRow
 from sartor.placement.optimizer import StreamedOptimizer
-from sartor.placement.slices import can_slice
+from sartor.placement.slices import can_slice, kept_bytes
 from sartor.placement.streams import numbered, where
 from sartor.placement.tiers import DiskTier, HostTier, Tier
 from sartor.plan.table import Policy, Sizes, Table, uniform, within
@@ -61,7 +60,7 @@ def prepare(
     target = _device(model, optimizer, device)
     lower = lower or ("disk" if target.type == "cpu" else "host")
     rows = find_rows(model)
-    state_bytes = _state_bytes(optimizer)
+    state_bytes = kept_bytes(optimizer)
     sizes = [Sizes.of(row, state_bytes=state_bytes, sliced=can_slice(optimizer)) for row in rows]
     rest = _rest(model, sizes, state_bytes)
     table = _table(sizes, policy, budget, lower, activations, rest)
@@ -139,21 +138,6 @@ def _tiers(table: Table, sizes: list[Sizes], folder: str | Path | None) -> dict[
         tiers["disk"] = disk = DiskTier(Path(folder or tempfile.gettempdir()))
         disk.require(table.tier_bytes(sizes, "disk"))
     return tiers
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """What the optimizer keeps of each parameter, from a step with a small one."""
-    accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in (vars(optimizer) | optimizer.defaults).items() if key in accepted}
-    small = nn.Parameter(torch.zeros(64, 64, dtype=optimizer.param_groups[0]["params"][0].dtype))
-    try:
-        probe = type(optimizer)([small], **options)
-        small.grad = torch.zeros_like(small)
-        probe.step()
-    except Exception:  # a foreign optimizer that wants more than its defaults: taken to be like Adam
-        return 8.0
-    state = [value for value in probe.state[small].values() if isinstance(value, Tensor)]
-    return sum(value.untyped_storage().nbytes() for value in state if value.numel() > 1) / small.numel()
 
 
 def _call(model: nn.Module, sample: Any) -> Any:

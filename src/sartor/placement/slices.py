@@ -8,6 +8,7 @@ same to the bit.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -38,6 +39,21 @@ ELEMENTWISE = (
 def can_slice(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer can be asked for an update by slices."""
     return type(optimizer) in ELEMENTWISE
+
+
+def kept_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """What the optimizer keeps of an element of its parameters, from a step with a small one."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in (vars(optimizer) | optimizer.defaults).items() if key in accepted}
+    small = nn.Parameter(torch.zeros(64, 64, dtype=optimizer.param_groups[0]["params"][0].dtype))
+    try:
+        probe = type(optimizer)([small], **options)
+        small.grad = torch.zeros_like(small)
+        probe.step()
+    except Exception:  # a foreign optimizer that wants more than its defaults: taken to be like Adam
+        return 8.0
+    state = [value for value in probe.state[small].values() if isinstance(value, Tensor)]
+    return sum(value.untyped_storage().nbytes() for value in state if value.numel() > 1) / small.numel()
 
 
 class Slices:
