@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from sartor.kernels import attention
+from sartor.kernels import attend, attention, native
 from sartor.kernels.attention import NAME, segment_attention, segments_are, unsuited
+from sartor.kernels.matmul import has_tiles
 from sartor.kernels.native import products_library
 from sartor.kernels.segments import Segments
 from sartor.model import ModelSource, build, skeleton
@@ -40,14 +41,30 @@ def plain(query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], s
     return torch.stack(rows)
 
 
-@pytest.fixture(params=["compiled", "products"])
+@pytest.fixture(params=["compiled", "without tiles", "products"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Short examples in compiled loops, or as the products that a machine without a compiler computes."""
+    """Short examples in compiled loops, of this processor or of one that can do less; or as the products that a machine without a
+    compiler computes."""
     if request.param == "products":
         monkeypatch.setattr(attention, "suits", lambda query: False)
     elif products_library() is None:
         pytest.skip("there is no C++ compiler")
+    elif request.param == "without tiles":
+        if not has_tiles():
+            pytest.skip("this processor has no tiles")
+        flags = "-fno-exceptions", "-ffp-contract=fast", "-mno-amx-tile"
+        loaded = native.compiled("pairs", native._PRODUCTS, native._TILES, flags=flags)
+        monkeypatch.setattr(attend, "products_library", lambda: loaded)
     return str(request.param)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """To a few units in the last place of what the numbers are kept in, of the largest."""
+    assert found.isfinite().all()
+    exact = found.dtype == torch.float32
+    difference = (found.float() - expected).abs().max()
+    assert difference <= (3e-6 if exact else 2**-6) * expected.abs().max()
+    assert exact or (found.float() - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -58,24 +75,34 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         ([[290]], 290, 2, 1, 100),  # blocks within a window
         ([[530, 40]], 570, 2, 2, 0),  # longer than the compiled loops take
         ([[30, 31, 29, 60, 2, 1, 30]], 185, 4, 4, 5),  # several examples at once
+        ([[100, 33], [64, 2]], 140, 6, 2, 40),  # windows that begin within a block
     ],
 )
+@pytest.mark.parametrize("sizes", [(8, 6), (64, 64), (40, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_softmax_attention_of_every_example(
-    way: str, lengths: list[list[int]], width: int, heads: int, groups: int, window: int
+    way: str,
+    lengths: list[list[int]],
+    width: int,
+    heads: int,
+    groups: int,
+    window: int,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(len(lengths), width, count, size) for count, size in ((heads, 8), (groups, 8), (groups, 6))]
-    inputs = [torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for shape in shapes]
+    shapes = [(len(lengths), width, count, size) for count, size in ((heads, sizes[0]), (groups, sizes[0]), (groups, sizes[1]))]
+    inputs = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
     segments = Segments(lengths, width)
     found = segment_attention(*inputs, segments.windowed(window) if window else segments, scale=0.3)
-    expected = plain(*inputs, lengths, 0.3, window)
-    gradient = torch.randn(found.shape, generator=generator)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    expected = plain(*exact, lengths, 0.3, window)
+    gradient = torch.randn(found.shape, generator=generator).to(dtype)
+    assert_close(found, expected)
     assert not found[:, max(map(sum, lengths)) :].any()
-    for one, other in zip(
-        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
-    ):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+    given = torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, exact, gradient.float())
+    for one, other in zip(*given, strict=True):
+        assert_close(one, other)
 
 
 def test_short_examples_are_computed_together_and_blocks_stay_in_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,23 +204,24 @@ def test_padding_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("window", "heads"), [(0, 2), (9, 4)])
-def test_segments_that_continue_another_one_attend_to_both(way: str, window: int, heads: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_that_continue_another_one_attend_to_both(way: str, window: int, heads: int, dtype: torch.dtype) -> None:
     """Two beginnings, one of them shared by segments of several lengths, one of them long; and a segment of its own."""
     lengths, parents = [[11, 5, 7, 140, 5, 3, 20, 4, 4]], [[-1, 0, 0, 0, 0, -1, -1, 6, 6]]
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn((1, 200, count, 8), generator=generator).transpose(1, 2).requires_grad_() for count in (heads, 2, 2)]
+    tensors = [torch.randn((1, 200, count, 8), generator=generator).to(dtype).transpose(1, 2) for count in (heads, 2, 2)]
+    inputs, exact = [tensor.requires_grad_() for tensor in tensors], [tensor.float().requires_grad_() for tensor in tensors]
     segments = Segments(lengths, 200, continues=parents)
     found = segment_attention(*inputs, segments.windowed(window) if window else segments, scale=0.3)
     starts = np.cumsum([0, *lengths[0]])
-    expected = torch.zeros_like(found)
+    expected = torch.zeros_like(found, dtype=torch.float32)
     for number, parent in enumerate(parents[0]):
         own = torch.arange(starts[number], starts[number + 1])
         whole = own if parent < 0 else torch.cat([torch.arange(starts[parent], starts[parent + 1]), own])
-        alone = plain(*(tensor[:, :, whole] for tensor in inputs), [[len(whole)]], 0.3, window)
+        alone = plain(*(tensor[:, :, whole] for tensor in exact), [[len(whole)]], 0.3, window)
         expected = expected.index_copy(1, own, alone[:, -len(own) :])
-    gradient = torch.randn(found.shape, generator=generator)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    for one, other in zip(
-        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
-    ):
-        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
+    gradient = torch.randn(found.shape, generator=generator).to(dtype)
+    assert_close(found, expected)
+    given = torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, exact, gradient.float())
+    for one, other in zip(*given, strict=True):
+        assert_close(one, other)

@@ -2,27 +2,20 @@
 // stays in a core's caches: keys and values of one example and the heads that share them, and a block of queries at a time.
 // Backward computes the probabilities again. Nothing between the products is written to memory that others see. An example may
 // continue a beginning, whose keys and values come before its own; their gradients are handed out for each example by itself.
+// Where the processor multiplies tiles of bfloat16 numbers, these take attention_tiles.h.
 
 #include <cmath>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 
+#include "attention.h"
+#include "attention_tiles.h"
 #include "native.h"
 #include "tile.h"
 
 namespace {
-
-constexpr int64_t QUERIES = 32;  // of a block
-
-struct shape {
-    int64_t heads, groups, size, value_size, window, query_row, key_row, value_row;
-    float scale;
-};
-
-struct example {
-    int64_t place, length, before, ahead, offset;  // first position and length, those of what it continues, its place in `more`
-};
 
 // Memory of one thread.
 struct scratch {
@@ -56,30 +49,23 @@ inline void gather(const T *from, int64_t stride, float *to, int64_t width, cons
     spread(from + e.place * stride, stride, to + e.ahead * width, width, e.length, size, room - e.ahead, 1.0f);
 }
 
-// Probabilities of queries first … first + count, by the numbers of their own keys; rows after them are zero. `start`: the first
-// key's number; `keys`: how many there are, multiples of LANES; p's rows are `keys` long.
-inline void probabilities(const scratch &at, const shape &s, int64_t first, int64_t count, int64_t start, int64_t keys) {
-    product(at.q, at.width, 1, at.kt + start, at.room, at.p, keys, up(count, ROWS), keys, s.size, false);
-    for (int64_t n = 0; n < up(count, ROWS); n++) {
-        float *row = at.p + n * keys;
-        const int64_t last = n < count ? first + n - start + 1 : 0;
-        const int64_t begin = s.window > 0 && first + n + 1 > s.window + start ? first + n + 1 - s.window - start : 0;
+// Probabilities of a block of queries; rows after them are zero. Rows of at.p are as long as the keys that are seen.
+inline void probabilities(const scratch &at, const shape &s, const example &e, const queries &of) {
+    product(at.q, at.width, 1, at.kt + of.start, at.room, at.p, of.keys, up(of.count, ROWS), of.keys, s.size, false);
+    for (int64_t n = 0; n < up(of.count, ROWS); n++) {
+        float *row = at.p + n * of.keys;
+        const int64_t begin = of.begin(s, e, n), last = of.last(e, n);
         float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (int64_t i = begin; i < last; i++) top = row[i] > top ? row[i] : top;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = begin; i < last; i++) sum += row[i] = exponential(row[i] - top);
         const float share = 1.0f / sum;
-        for (int64_t i = 0; i < begin && i < keys; i++) row[i] = 0.0f;
+        for (int64_t i = 0; i < begin && i < of.keys; i++) row[i] = 0.0f;
 #pragma omp simd
         for (int64_t i = begin; i < last; i++) row[i] *= share;
-        for (int64_t i = last; i < keys; i++) row[i] = 0.0f;
+        for (int64_t i = last; i < of.keys; i++) row[i] = 0.0f;
     }
-}
-
-// The keys that a block of queries sees, in whole vectors.
-inline int64_t start_of(const shape &s, int64_t first) {
-    return s.window > 0 && first + 1 > s.window ? (first + 1 - s.window) / LANES * LANES : 0;
 }
 
 template <class T>
@@ -90,10 +76,10 @@ void forward_one(const T *q, const T *k, const T *v, T *out, const shape &s, con
     transpose(at.k, at.width, at.kt, at.room, s.size);
     for (int64_t h = group * sharing; h < (group + 1) * sharing; h++)
         for (int64_t first = 0; first < e.length; first += QUERIES) {
-            const int64_t count = e.length - first < QUERIES ? e.length - first : QUERIES, start = start_of(s, e.ahead + first);
-            const int64_t keys = up(e.ahead + first + count - start, LANES), rows = up(count, ROWS);
+            const queries of(s, e, first, LANES);
+            const int64_t count = of.count, start = of.start, keys = of.keys, rows = up(count, ROWS);
             spread(q + (e.place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
-            probabilities(at, s, e.ahead + first, count, start, keys);
+            probabilities(at, s, e, of);
             const float *values = at.v + start * at.value_width;
             product(at.p, keys, 1, values, at.value_width, at.g, at.value_width, rows, at.value_width, keys, false);
             put(at.g, at.value_width, out + (e.place + first) * out_row + h * s.value_size, out_row, count, s.value_size, 1.0f);
@@ -113,12 +99,12 @@ void backward_one(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, 
     for (int64_t i = 0; i < at.room * at.value_width; i++) at.dv[i] = 0.0f;
     for (int64_t h = group * sharing; h < (group + 1) * sharing; h++)
         for (int64_t first = 0; first < e.length; first += QUERIES) {
-            const int64_t count = e.length - first < QUERIES ? e.length - first : QUERIES, start = start_of(s, e.ahead + first);
-            const int64_t keys = up(e.ahead + first + count - start, LANES), rows = up(count, ROWS);
+            const queries of(s, e, first, LANES);
+            const int64_t count = of.count, start = of.start, keys = of.keys, rows = up(count, ROWS);
             spread(q + (e.place + first) * s.query_row + h * s.size, s.query_row, at.q, at.width, count, s.size, rows, s.scale);
             const T *given = g + (e.place + first) * g_row + h * s.value_size;
             spread(given, g_row, at.g, at.value_width, count, s.value_size, rows, 1.0f);
-            probabilities(at, s, e.ahead + first, count, start, keys);
+            probabilities(at, s, e, of);
             product(at.g, at.value_width, 1, at.vt + start, at.room, at.dp, keys, rows, keys, s.value_size, false);
             float *dv_here = at.dv + start * at.value_width, *dk_here = at.dk + start * at.width;
             product(at.p, 1, keys, at.g, at.value_width, dv_here, at.value_width, keys, at.value_width, count, true);
@@ -141,28 +127,33 @@ void backward_one(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, 
     put(at.dv, at.value_width, more_v + e.offset * v_row + group * s.value_size, v_row, e.ahead, s.value_size, 1.0f);
 }
 
-// Every example and every group of heads by itself, so that results do not depend on threads. 1 where there is no memory.
-template <class Work>
-int each(const example *where, int64_t examples, const shape &s, int threads, Work work) {
-    int64_t most = 0;
-    for (int64_t n = 0; n < examples; n++) {
-        const int64_t keys = where[n].ahead + where[n].length;
-        most = keys > most ? keys : most;
-    }
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        scratch at(most, s);
-        failed |= !at.all;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t n = 0; n < examples * s.groups; n++) {
-            const example &e = where[n / s.groups];
-            if (!at.all) continue;
-            at.fit(e.ahead + e.length);
-            work(at, e, n % s.groups);
-        }
-    }
-    return failed;
+template <class T>
+int attend(const T *q, const T *k, const T *v, T *out, const example *where, int64_t examples, const shape &s, int threads) {
+#if defined(SARTOR_TILES)
+    if constexpr (std::is_same_v<T, bf16>)
+        if (has_tiles())
+            return each<tile_scratch>(where, examples, s, threads, [=, &s](const tile_scratch &at, const example &e, int64_t group) {
+                forward_tiles(q, k, v, out, s, at, e, group);
+            });
+#endif
+    return each<scratch>(where, examples, s, threads, [=, &s](const scratch &at, const example &e, int64_t group) {
+        forward_one(q, k, v, out, s, at, e, group);
+    });
+}
+
+template <class T>
+int attend_backward(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, float *more_k, float *more_v,
+                    const example *where, int64_t examples, const shape &s, int threads) {
+#if defined(SARTOR_TILES)
+    if constexpr (std::is_same_v<T, bf16>)
+        if (has_tiles())
+            return each<tile_scratch>(where, examples, s, threads, [=, &s](const tile_scratch &at, const example &e, int64_t group) {
+                backward_tiles(g, q, k, v, dq, dk, dv, more_k, more_v, s, at, e, group);
+            });
+#endif
+    return each<scratch>(where, examples, s, threads, [=, &s](const scratch &at, const example &e, int64_t group) {
+        backward_one(g, q, k, v, dq, dk, dv, more_k, more_v, s, at, e, group);
+    });
 }
 
 }  // namespace
@@ -170,15 +161,11 @@ int each(const example *where, int64_t examples, const shape &s, int threads, Wo
 #define KINDS(T, KIND)                                                                                                          \
     int attend_##KIND(const T *q, const T *k, const T *v, T *out, const example *where, int64_t examples, const shape *s,       \
                       int threads) {                                                                                            \
-        return each(where, examples, *s, threads, [=](const scratch &at, const example &e, int64_t group) {                     \
-            forward_one(q, k, v, out, *s, at, e, group);                                                                        \
-        });                                                                                                                     \
+        return attend(q, k, v, out, where, examples, *s, threads);                                                              \
     }                                                                                                                           \
     int attend_backward_##KIND(const T *g, const T *q, const T *k, const T *v, T *dq, T *dk, T *dv, float *more_k, float *more_v,\
                                const example *where, int64_t examples, const shape *s, int threads) {                           \
-        return each(where, examples, *s, threads, [=](const scratch &at, const example &e, int64_t group) {                     \
-            backward_one(g, q, k, v, dq, dk, dv, more_k, more_v, *s, at, e, group);                                             \
-        });                                                                                                                     \
+        return attend_backward(g, q, k, v, dq, dk, dv, more_k, more_v, where, examples, *s, threads);                           \
     }
 
 extern "C" {
