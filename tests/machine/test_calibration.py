@@ -28,6 +28,7 @@ from sartor.machine.calibrate import calibrate
 from sartor.machine.calibration import CALIBRATION_VERSION, Calibration, calibration_key, save_calibration
 from sartor.machine.clock import Clock
 from sartor.machine.measure_links import disk_rate, measure_collectives
+from sartor.machine.operands import Operands
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,21 @@ def test_a_product_is_the_product_that_a_linear_layer_asks_for() -> None:
     whole = measure_module._product("nt", 64, 64, 64, torch.int8)()
     assert isinstance(whole, torch.Tensor)
     assert (whole == 64).all()
+
+
+def test_operands_are_taken_by_turns_and_results_do_not_come_back_as_operands() -> None:
+    operands = Operands(torch.float32)
+    turns = operands.by_turns([(300, 500), (700, 500)], [(300, 700)])
+    first = [next(turns) for _ in range(9)]
+    assert {tuple(tensor.shape for tensor in turn) for turn in first} == {((300, 500), (700, 500), (300, 700))}
+    assert len({turn[0].data_ptr() for turn in first}) == 9
+    before = operands._numbers.clone()
+    for left, right, out in first:
+        torch.mm(left, right.t(), out=out)
+    assert torch.equal(before, operands._numbers)
+    large = operands.by_turns([(3000, 4000)], [(3000, 1000)])  # more than there are
+    assert next(large)[0] is next(large)[0]
+    assert next(large)[0].abs().sum() > 0
 
 
 def test_operators_on_memory_compute_and_count_their_bytes() -> None:
@@ -327,4 +343,4 @@ def test_the_clock_takes_what_a_call_typically_takes(monkeypatch: pytest.MonkeyP
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 7
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 8

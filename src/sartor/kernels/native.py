@@ -74,7 +74,8 @@ def compiled(
     place = _folder()
     if compiler is None or place is None:
         return None
-    parts = (*(file.read_bytes() for file in (*headers, *sources)), *map(str.encode, (compiler, *flags, *links)), _processor())
+    said = (compiler, *_COMMON, *flags, *links, str(_CHOICES))
+    parts = (*(file.read_bytes() for file in (*headers, *sources)), *map(str.encode, said), _processor())
     file = place / f"{name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     try:
         if not file.exists() and not _compile([compiler, *_COMMON, *flags], [*map(str, sources), *links], file):

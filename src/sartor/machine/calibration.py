@@ -26,7 +26,7 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 7
+CALIBRATION_VERSION = 8
 """Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
 
 

@@ -1,16 +1,16 @@
 """What a device computes in a second, measured: matrix products, operators on memory, attention, loss, AdamW, overheads.
 
-Operands are the same in every repeat and outputs go to memory that was there before, so a rate is that of the arithmetic and
-of caches as warm as they get; the cost of memory that is new is a rate of its own (`first_touch`).
+Outputs go to memory that was there before; the cost of memory that is new is a rate of its own (`first_touch`). Operands of
+products and of attention on a CPU come from memory by turns (`Operands`), as they do in a step; those of operators on memory are
+the same in every repeat, at several sizes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from sartor.machine.calibration import AttentionRate, DeviceRates, LossRate, MatmulRate, MemoryRate
 from sartor.machine.clock import Call, Clock
-from sartor.machine.measure_blocks import AsRun, block_operators, compiled_block_operators, noise
+from sartor.machine.measure_blocks import AsRun, block_operators, compiled_block_operators
+from sartor.machine.operands import Operands, noise
 
 FLOATS = (torch.float32, torch.bfloat16)
 _ROWS_M = (16, 64, 256, 1024, 4096)
@@ -97,7 +98,7 @@ def _matmul(clock: Clock, notes: list[str]) -> Iterator[MatmulRate]:
             with _may_fail(f"batched products of {_name(dtype)}", notes):
                 yield from _batched(clock, batch, m, n, k, dtype)
     for dtype in (*FLOATS, torch.int8):
-        rate = float("inf")
+        rate, operands = float("inf"), Operands(dtype)
         clock.section(_MATMUL_SECONDS)
         for form, m, n, k in _problems(clock.device):
             flops = 2 * m * n * k
@@ -109,7 +110,7 @@ def _matmul(clock: Clock, notes: list[str]) -> Iterator[MatmulRate]:
             if flops / rate > _SLOWEST_CALL_SECONDS:
                 continue
             with _may_fail(f"products of {_name(dtype)}", notes):
-                rate = flops / clock.seconds(_product(form, m, n, k, dtype))
+                rate = flops / clock.seconds(_product(form, m, n, k, dtype, operands))
                 yield MatmulRate(dtype=_name(dtype), form=form, batch=1, m=m, n=n, k=k, flops_per_second=rate)
 
 
@@ -118,9 +119,10 @@ def _compiled_products(clock: Clock, as_run: AsRun | None) -> Iterator[MatmulRat
     if as_run is None or clock.device.type != "cpu":
         return
     clock.section(_COMPILED_SECONDS)
+    operands = Operands(torch.bfloat16)
     for n, k in _COMPILED_SHAPES_NK:
         for form, m in itertools.product(("nt", "nn", "tn"), _COMPILED_ROWS_M):
-            call = _product(form, m, n, k, torch.bfloat16, compiled=True)
+            call = _product(form, m, n, k, torch.bfloat16, operands, compiled=True)
             try:
                 call()
             except RuntimeError as error:
@@ -140,22 +142,25 @@ def _problems(device: torch.device) -> Iterator[tuple[str, int, int, int]]:
     return iter(sorted(problems, key=lambda problem: abs(math.log(problem[1] * problem[2] * problem[3] / _ORDINARY))))
 
 
-def _product(form: str, m: int, n: int, k: int, dtype: torch.dtype, *, compiled: bool = False) -> Call:
+def _product(
+    form: str, m: int, n: int, k: int, dtype: torch.dtype, operands: Operands | None = None, *, compiled: bool = False
+) -> Call:
     """The product as a linear layer asks for it, into an output that is there already."""
+    operands = operands or Operands(dtype)
     if dtype == torch.int8:
-        left, right = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).t()
         whole = torch.empty(m, n, dtype=torch.int32)
-        return lambda: torch._int_mm(left, right, out=whole)
-    if form == "nt":
-        left, right = noise(m, k, dtype=dtype), noise(n, k, dtype=dtype).t()
-    elif form == "nn":
-        left, right = noise(m, k, dtype=dtype), noise(k, n, dtype=dtype)
-    else:
-        left, right = noise(k, m, dtype=dtype).t(), noise(k, n, dtype=dtype)
-    out = torch.empty(m, n, dtype=dtype)
-    if compiled:
-        return lambda: torch.ops.sartor.matmul_(left, right, out, None, None, None, None, 1.0)
-    return lambda: torch.mm(left, right, out=out)
+        pairs = operands.by_turns([(m, k), (n, k)], [])
+        return lambda: torch._int_mm((pair := next(pairs))[0], pair[1].t(), out=whole)
+    turns = operands.by_turns([(k, m) if form == "tn" else (m, k), (n, k) if form == "nt" else (k, n)], [(m, n)])
+
+    def multiply() -> Tensor | None:
+        left, right, out = next(turns)
+        left, right = left.t() if form == "tn" else left, right.t() if form == "nt" else right
+        if not compiled:
+            return torch.mm(left, right, out=out)
+        return torch.ops.sartor.matmul_(left, right, out, None, None, None, None, 1.0)  # type: ignore[no-any-return]
+
+    return multiply
 
 
 def _batched(clock: Clock, batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[MatmulRate]:
@@ -251,17 +256,27 @@ def _attention_of_examples(clock: Clock, notes: list[str], as_run: AsRun | None)
     if as_run is None or clock.device.type != "cpu":
         return
     clock.section(_EXAMPLES_SECONDS)
+    operands = {dtype: Operands(dtype) for dtype in FLOATS}
     for length in _EXAMPLE_LENGTHS:
         count = max(1, 1024 // length)
         where = [number for n in range(count) for number in (n * length, length, 0, 0, 0)]
         for dtype in FLOATS:
             with _may_fail(f"attention of short examples in {_name(dtype)}", notes):
-                given = [noise(count * length, _HEADS, _HEAD_SIZE, dtype=dtype) for _ in range(4)]
-                made = [*(torch.empty_like(given[0]) for _ in range(3)), *(torch.empty(0, _HEADS, _HEAD_SIZE) for _ in range(2))]
-                attend, back = torch.ops.sartor.attend_, torch.ops.sartor.attend_backward_
-                forward = clock.seconds(functools.partial(attend, *given[:3], made[0], where, 0.125, 0))
-                backward = clock.seconds(functools.partial(back, *given, *made, where, 0.125, 0))
+                shape = (count * length, _HEADS, _HEAD_SIZE)
+                turns = operands[dtype].by_turns([shape] * 4, [shape] * 3)
+                forward, backward = _attend_examples(clock, turns, where)
                 yield _attention_rate(dtype, "examples", count, length, (forward, backward))
+
+
+def _attend_examples(clock: Clock, turns: Iterator[tuple[Tensor, ...]], where: Sequence[int]) -> tuple[float, float]:
+    attend, back = torch.ops.sartor.attend_, torch.ops.sartor.attend_backward_
+    none = torch.empty(0, _HEADS, _HEAD_SIZE)
+
+    def forward() -> None:
+        query, key, value, _, result, *_ = next(turns)
+        attend(query, key, value, result, where, 0.125, 0)
+
+    return clock.seconds(forward), clock.seconds(lambda: back(*next(turns), none, none, where, 0.125, 0))
 
 
 def _attention_rate(dtype: torch.dtype, form: str, batch: int, length: int, seconds: tuple[float, float]) -> AttentionRate:

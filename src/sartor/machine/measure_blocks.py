@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sartor.machine.clock import Clock
+from sartor.machine.operands import noise
 
 AsRun = Callable[[nn.Module, int], contextlib.AbstractContextManager[bool]]
 """Within it a model computes rows of so many tokens with the kernels that jobs use; whether there are any."""
-
-_BLOCK = 2**16
-"""So many random numbers, repeated: drawing them all takes longer than measuring."""
 
 
 class _Count(TorchDispatchMode):
@@ -105,10 +102,3 @@ def _of_blocks(clock: Clock, view_seconds: tuple[float, float], model: nn.Module
         rest = taken - clock.seconds(part, budget=0.3) - count.views * view
         shares.append(max(rest, taken / 4) / count.operators)
     return shares[0], shares[1]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers that are not zero: some processors are quicker with zeros, and denormal ones are slow."""
-    count = math.prod(shape)
-    block = torch.randn(min(count, _BLOCK)).mul_(0.5).to(dtype)
-    return block.repeat(-(-count // len(block)))[:count].view(shape)
