@@ -6,8 +6,7 @@ Each job is planned with the limit. Where the plan says that it fits (or is tigh
 control group of that size, whose processes are killed when they take more (where none can be made: under RLIMIT_DATA, which
 counts every private writable mapping); where it does not, the refusal has to name something that would help, or say that nothing
 does. Jobs are drawn until there are enough of both; three in ten are of 0.1 to 20 billion parameters, two thirds of these with
-everything to stay on the device. Counts as broken: a run that does not end with exit code 0, and a refusal
-without a remedy.
+everything to stay on the device. Counts as broken: a run that does not end with exit code 0, and a refusal without a remedy.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ share changes while a job runs: where the calibration after it would have foreca
 the job is run again, up to three times; all tries are in the file, and the one with the least drift counts, whatever its error.
 
 `--ranking` runs candidates of small jobs (micro-batches, packing, recomputation) and tells how much slower than the fastest of
-them the planner's own choice is, and the one with the shortest forecast. Candidates that are forecast to take more than 1.6 times as
-long as the shortest are listed and not run; those that took at most 1.1 times as long as the fastest run once more, and the shorter
-of both runs counts.
+them the planner's own choice is, and the one with the shortest forecast. Candidates that are forecast to take more than 1.6 times
+as long as the shortest are listed and not run; those that took at most 1.1 times as long as the fastest run once more, and the
+shorter of both runs counts.
 """
 
 from __future__ import annotations
