@@ -200,6 +200,19 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_intact(job_tree: dict[str,
     assert [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line] == wanted
 
 
+def test_where_all_is_to_stay_in_memory_the_plan_says_what_the_disk_would_save(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    widen(job_tree, tmp_path, 512)
+    job_tree |= {"strategy": {"micro_batch": 1, "recompute": "full", "placement": "device"}}
+    forecast = sartor.plan(job_tree).forecast
+    assert forecast.process_bytes is not None
+    job_tree["machine"]["host_memory"] = forecast.process_bytes - 40 * 2**20
+    with pytest.raises(DoesNotFit, match="does not fit") as caught:
+        sartor.plan(job_tree)
+    assert re.search(r"strategy.placement=auto: .*iB, saves .*iB, and .*iB on disk", caught.value.remedy)
+    job_tree["strategy"]["placement"] = "auto"
+    assert sartor.plan(job_tree).forecast.verdict in ("fits", "tight")
+
+
 def test_where_not_even_the_disk_is_enough_the_plan_says_what_is(job_tree: dict[str, Any], tmp_path: Path) -> None:
     widen(job_tree, tmp_path, 64)
     job_tree |= {"precision": "bf16", "strategy": {"micro_batch": 1, "recompute": "full"}}

@@ -14,7 +14,7 @@ from sartor.methods import traits
 from sartor.plan.forecast import forecast_of
 from sartor.plan.offload import Offload
 from sartor.plan.offload_ground import Missing, asks_for_offload, cannot_offload
-from sartor.plan.placed import Shortfall
+from sartor.plan.placed import Shortfall, place
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast
@@ -47,7 +47,7 @@ def does_not_fit(
         alone = f"{shortfall.row} alone takes {format_bytes(shortfall.row_bytes)} while it is updated"
         why += f"; with everything on disk, {alone}"
         helps.append(f"machine.host_memory={math.ceil(shortfall.memory_bytes / 2**20)}MiB, where this machine has that much")
-    words, help_ = _below(setting, smallest, missing)
+    words, help_ = _below(setting, smallest, forecast, missing)
     why += words
     helps += [help_] if help_ else []
     return DoesNotFit(
@@ -57,10 +57,10 @@ def does_not_fit(
     )
 
 
-def _below(setting: Setting, smallest: Strategy, missing: Missing | None) -> tuple[str, str]:
-    """What there is to say of main memory and disk below an accelerator: why they are not enough, and what would be."""
+def _below(setting: Setting, smallest: Strategy, forecast: MemoryForecast, missing: Missing | None) -> tuple[str, str]:
+    """What there is to say of what is below the device, disk or main memory: why it is not enough, and what would be."""
     if setting.machine.device.kind == "cpu":
-        return "", ""
+        return "", _with_disk(setting, smallest, forecast)
     if reason := cannot_offload(setting):
         return f"; nothing goes to main memory: {reason}", ""
     if missing is None:
@@ -85,6 +85,21 @@ def _with_placement(setting: Setting, smallest: Strategy) -> str:
         return ""
     device, host = (format_bytes(size or 0) for size in (found.forecast.process_bytes, found.forecast.host_bytes))
     return f"strategy.placement=auto: {device}, and {host} of main memory"
+
+
+def _with_disk(setting: Setting, smallest: Strategy, forecast: MemoryForecast) -> str:
+    """What a CPU would need that keeps all in memory by order, if it did not."""
+    if setting.job.strategy.placement != "device" or forecast.process_bytes is None:
+        return ""
+    job = dataclasses.replace(setting.job, strategy=dataclasses.replace(setting.job.strategy, placement="auto"))
+    found = place(dataclasses.replace(setting, job=job), dataclasses.replace(smallest, recomputed=None), forecast)
+    if not isinstance(found, tuple):
+        return ""
+    strategy, placed = found
+    if strategy.placement is None or placed.verdict == "does not fit":
+        return ""
+    disk = format_bytes(strategy.placement.disk_bytes)
+    return f"strategy.placement=auto: {_room(placed, forecast.process_bytes)}, and {disk} on disk"
 
 
 def more_room(setting: Setting, strategy: Strategy, forecast: MemoryForecast) -> str:
