@@ -1,12 +1,14 @@
 """Forecast and measured seconds of a training step on this machine: small models with random weights, through the command line.
 
-    python benchmarks/time_cpu.py [--quick] [--only NAME …] [--ranking] [--save]
+    python benchmarks/time_cpu.py [--quick] [--only NAME …] [--ranking] [--after FILE] [--save]
 
 Before every job the machine is calibrated (`sartor machine --calibrate`), then the job is forecast and run (`python -m sartor
 train`, a process of its own); with `--ranking` the machine is calibrated once, before the first. Measured is the median step of
 metrics.jsonl after warm-up; where lengths differ, forecast and measurement are both means over the run. A machine that others
 share changes while a job runs: where the calibration after it would have forecast another time by more than a tenth ("drift"),
 the job is run again, up to three times; all tries are in the file, and the one with the least drift counts, whatever its error.
+
+`--after FILE` goes on where an earlier run was interrupted: FILE has what it printed, and its jobs are not run again.
 
 `--ranking` runs candidates of small jobs (micro-batches, packing, recomputation) and tells how much slower than the fastest of
 them the planner's own choice is, and the one with the shortest forecast. Candidates that are forecast to take more than 1.6 times
@@ -17,6 +19,7 @@ shorter of both runs counts.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import itertools
 import json
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few jobs and steps")
     parser.add_argument("--only", nargs="*", default=[], help="names of jobs")
     parser.add_argument("--ranking", action="store_true", help="the candidates of small jobs instead")
+    parser.add_argument("--after", type=Path, help="what an interrupted run printed")
     parser.add_argument("--save", action="store_true", help="write a result file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
@@ -281,8 +285,10 @@ def calibrated() -> Calibration:
         kept.unlink()
     for _ in range(CALIBRATIONS):
         done = subprocess.run(
-            [sys.executable, "-m", "sartor", "machine", "--calibrate"], check=True, capture_output=True, text=True
+            [sys.executable, "-m", "sartor", "machine", "--calibrate"], check=False, capture_output=True, text=True
         )
+        if done.returncode:
+            raise SystemExit(done.stderr)
         found = find_calibration(probe())
         if found.calibration is not None:
             return found.calibration
@@ -293,16 +299,23 @@ def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     steps = 5 if arguments.quick else 12
     cases = RANKED if arguments.ranking else RUNS
     names = arguments.only or [name for name in cases if not arguments.quick or name in QUICK]
-    results = []
+    results = printed(arguments.after) if arguments.after else []
     calibration = calibrated()
     for name in names:
+        if any(result["run"] == name for result in results):
+            continue
         if arguments.ranking:
             result = {**rank(name, cases[name], steps=steps), "calibration": _said(calibration)}
         else:
             result, calibration = run_steadily(name, cases[name], calibration, steps=steps)
         results.append(result)
-        print({key: value for key, value in result.items() if key not in ("rows", "calibration")}, flush=True)
+        print({key: value for key, value in result.items() if key != "rows"}, flush=True)
     return results
+
+
+def printed(file: Path) -> list[dict[str, Any]]:
+    """The results of a run, as it printed them, in its order."""
+    return [ast.literal_eval(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
 
 
 def run_steadily(name: str, case: Case, calibration: Calibration, *, steps: int) -> tuple[dict[str, Any], Calibration]:

@@ -276,6 +276,19 @@ def test_what_others_spoilt_is_not_kept(
     assert load_calibration(machine) == (found if kept else None)
 
 
+def test_what_there_was_no_time_for_is_not_kept(
+    machine: Machine, measured: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = sys.modules["sartor.machine.calibrate"]
+    without = dataclasses.replace(measured.device, memory=())
+    monkeypatch.setattr(room, "device_rates", lambda *_, **__: without)
+    monkeypatch.setattr(room, "_waited", lambda *_: 0.0)
+    monkeypatch.setattr("sartor.machine.measure_links.DISK_BYTES", 2**22)
+    found = calibrate(machine, folder=tmp_path)
+    assert any("no time was left" in note for note in found.notes)
+    assert load_calibration(machine) is None
+
+
 def test_waiting_is_counted_over_all_threads(tmp_path: Path) -> None:
     room = sys.modules["sartor.machine.calibrate"]
     for thread, text in {"1": "700 200 9", "2": "100 0 1", "3": "odd"}.items():

@@ -175,6 +175,14 @@ def test_measured_rates_of_an_accelerator_and_what_is_beside_it(make: SimpleName
     assert "processor: AdamW" in said
 
 
+def test_where_there_was_no_time_to_measure_operators(make: SimpleNamespace) -> None:
+    measured = calibration()
+    measured = dataclasses.replace(measured, device=dataclasses.replace(measured.device, memory=(), attention=(), matmul=()))
+    said = one_line(plain(make.machine(), Kept(path=None, calibration=measured)))
+    assert "2.5 G parameters/s" in said
+    assert "up to" in said
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_width_is_kept(make: SimpleNamespace, width: int) -> None:
     text = plain(make.machine(), Kept(path=None, calibration=calibration()), width=width)

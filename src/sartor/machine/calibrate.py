@@ -69,6 +69,9 @@ def calibrate(
     if share > _DISTURBED:
         kept = "" if share < _SPOILT or not keep else "not kept: "
         notes.append(f"{kept}other processes kept it waiting {share:.0%} of the time; measure again when the machine is idle")
+    whole = bool(rates.memory)
+    if not whole:  # it stood still, or had to wait, for all of the time
+        notes.append("not kept: no time was left for operators on memory; measure again when the machine is idle")
     calibration = Calibration(
         version=CALIBRATION_VERSION,
         key=calibration_key(machine),
@@ -80,7 +83,7 @@ def calibrate(
         link=link,
         notes=tuple(notes),
     )
-    if keep and share < _SPOILT:
+    if keep and whole and share < _SPOILT:
         save_calibration(calibration)
     return calibration
 

@@ -187,7 +187,7 @@ def _memory(rates: Sequence[MemoryRate]) -> Table:
     """One row an operator and format; columns are what one call moves, about (operators differ in operands)."""
     sizes = sorted({rate.total_bytes for rate in rates})
     starts = [size for place, size in enumerate(sizes) if not place or size > 2 * sizes[place - 1]]
-    ends = [max(size for size in sizes if size < after) for after in (*starts[1:], math.inf)]
+    ends = [max(size for size in sizes if size < after) for after in (*starts[1:], math.inf) if sizes]
     table = _grid(["up to", *(format_bytes(end) for end in ends)])
     for kind in dict.fromkeys(rate.kind for rate in rates):
         for dtype in _of(rates):
