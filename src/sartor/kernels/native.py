@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def compiled(
     parts = (*(file.read_bytes() for file in (*headers, *sources)), *map(str.encode, said), _processor())
     file = place / f"{name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     try:
-        if not file.exists() and not _compile([compiler, *_COMMON, *flags], [*map(str, sources), *links], file):
+        if not file.exists() and not _compile([compiler, *_COMMON, *flags], sources, links, file):
             return None
         return ctypes.CDLL(str(file))
     except OSError:
@@ -121,17 +122,29 @@ def _processor() -> bytes:
     return platform.machine().encode() + platform.processor().encode() + flags
 
 
-def _compile(command: Sequence[str], sources: Sequence[str], file: Path) -> bool:
+def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], file: Path) -> bool:
     """Compile to `file`, whole or not at all. Where another process was first, its file stays: all have the same loops."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / "made.so"
         for more in _CHOICES:
-            with contextlib.suppress(subprocess.SubprocessError):
-                whole = [*command, *more, "-o", str(made), *sources]
-                if subprocess.run(whole, capture_output=True, timeout=_SECONDS, check=False).returncode == 0:
-                    _put(made, file)
-                    return True
+            if _built([*command, *more], sources, links, made):
+                _put(made, file)
+                return True
     return False
+
+
+def _built(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], made: Path) -> bool:
+    """All sources at once, since each takes seconds, then the library of them."""
+
+    def succeeds(*arguments: str) -> bool:
+        with contextlib.suppress(subprocess.SubprocessError):
+            return subprocess.run([*command, *arguments], capture_output=True, timeout=_SECONDS, check=False).returncode == 0
+        return False
+
+    objects = [str(made.with_name(f"{source.stem}.o")) for source in sources]
+    with ThreadPoolExecutor(max_workers=len(sources)) as pool:
+        each = [pool.submit(succeeds, "-c", str(source), "-o", one) for source, one in zip(sources, objects, strict=True)]
+    return all(one.result() for one in each) and succeeds("-o", str(made), *objects, *links)
 
 
 def _put(made: Path, file: Path) -> None:
