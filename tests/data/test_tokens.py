@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +63,15 @@ def test_damaged(tmp_path: Path) -> None:
         TokenSet.open(path)
     with pytest.raises(OSError):
         TokenSet.open(tmp_path / "none.arrow")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pandas") is None, reason="pandas is not installed")
+def test_reading_and_taking_samples_imports_no_pandas(tmp_path: Path) -> None:
+    TokenSet.from_samples(build([[(1, True), (2, False)], [(3, True)]])).save(tmp_path / "tokens")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom sartor.data.tokens import TokenSet\n"
+        "tokens = TokenSet.open(Path(sys.argv[1])).take([1])\n"
+        "assert tokens[0].input_ids.tolist() == [3] and tokens.lengths.tolist() == [1]\n"
+        "assert 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "tokens")], check=True)
