@@ -61,8 +61,11 @@ CALLS: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_remembered_result_is_the_one_that_was_computed(name: str, mode: FakeTensorMode) -> None:
+def test_a_remembered_result_is_the_one_that_was_computed(
+    name: str, mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     func, make, kwargs = CALLS[name]
+    monkeypatch.setattr(results, "PLAIN", frozenset())  # test_plain_results.py has those
     memory, ran = Results(mode), []
 
     def run(*args: Any, **options: Any) -> Any:

@@ -58,9 +58,13 @@ def check_trainable(source: ModelSource) -> None:
 
 def skeleton(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
     """The model on the meta device: every shape, no memory. Raises ModelError."""
+    from transformers.initialization import no_init_weights
+
     _know(attention)
-    with torch.device("meta"):
-        return _from_config(source, dtype, attention)
+    with torch.device("meta"), no_init_weights():
+        model = _from_config(source, dtype, attention)
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str | None = None) -> nn.Module:

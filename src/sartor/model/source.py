@@ -13,9 +13,9 @@ from sartor.job.schema import ModelJob
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelSource:
-    """A model before any weight is read. `config` is a transformers PretrainedConfig."""
+    """A model before any weight is read. `config` is a transformers PretrainedConfig, which nobody changes."""
 
     path: str
     config: Any

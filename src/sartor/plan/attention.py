@@ -10,8 +10,7 @@ from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.kernels.attention import unsuited
 from sartor.machine import Machine
 from sartor.methods import MethodTraits
-from sartor.model import ModelSource, skeleton
-from sartor.model.regions import reduce_depth
+from sartor.model import ModelSource, short_skeleton
 
 
 def choose_attention(job: Job, method: MethodTraits, source: ModelSource, machine: Machine) -> tuple[str | None, str]:
@@ -29,8 +28,7 @@ def choose_attention(job: Job, method: MethodTraits, source: ModelSource, machin
     elif method.virtual_tokens:
         why = f"method {job.method} puts virtual tokens before a row"
     else:
-        model = skeleton(source, dtype=torch.bfloat16, attention=SEGMENTS)
-        reduce_depth(model)
+        model, _ = short_skeleton(source, dtype=torch.bfloat16, attention=SEGMENTS)
         why = unsuited(model)
     if not why:
         return SEGMENTS, ""

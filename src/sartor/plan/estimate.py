@@ -10,7 +10,7 @@ import torch
 
 from sartor.kernels.attend import LONGEST, suits
 from sartor.kernels.attention import NAME as SEGMENTS
-from sartor.model import dissect, skeleton
+from sartor.model import dissect, outline
 from sartor.parallel import Layout
 from sartor.plan.setting import Setting, largest_steps
 from sartor.plan.strategy import Strategy
@@ -163,7 +163,7 @@ class Estimator:
     @cached_property
     def _held(self) -> Held:
         setting = self.setting
-        model = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
+        model = outline(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
         total = sum(parameter.numel() for parameter in model.parameters())
         blocks = [
             sum(parameter.numel() for parameter in layer.parameters())

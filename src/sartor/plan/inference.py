@@ -17,8 +17,8 @@ from sartor.job.schema import QuantiseJob
 from sartor.job.units import format_bytes
 from sartor.machine import Machine, probe
 from sartor.methods import traits
-from sartor.model import ModelSource, check_trainable, quantise_skeleton, resolve, skeleton
-from sartor.model.regions import Reduction, reduce_depth
+from sartor.model import ModelSource, check_trainable, outline, quantise_skeleton, resolve, short_skeleton, skeleton
+from sartor.model.regions import Reduction
 from sartor.plan.plan import SCHEMA_VERSION, _plain
 from sartor.predict.generation import Request
 from sartor.predict.inference import PATIENCE_SECONDS, InferenceForecast, InferenceForecaster
@@ -161,8 +161,11 @@ def _forecaster(job: Job, source: ModelSource, machine: Machine) -> InferenceFor
     attention = None if job.strategy.attention == "auto" else job.strategy.attention
 
     def make_model(shortened: bool) -> tuple[nn.Module, Reduction]:
-        model = skeleton(source, dtype=_DTYPES[_dtype_name(job, source, machine)], attention=attention)
-        reduction = reduce_depth(model) if shortened else Reduction()
+        dtype = _DTYPES[_dtype_name(job, source, machine)]
+        if shortened:
+            model, reduction = short_skeleton(source, dtype=dtype, attention=attention)
+        else:
+            model, reduction = skeleton(source, dtype=dtype, attention=attention), Reduction()
         if job.quantise is not None:
             quantise_skeleton(model, job.quantise, kind=machine.device.kind)
         return model, reduction
@@ -171,7 +174,7 @@ def _forecaster(job: Job, source: ModelSource, machine: Machine) -> InferenceFor
 
 
 def _parameters(source: ModelSource) -> int:
-    return sum(parameter.numel() for parameter in skeleton(source, dtype=torch.bfloat16).parameters())
+    return sum(parameter.numel() for parameter in outline(source, dtype=torch.bfloat16).parameters())
 
 
 def _longest_prompt(forecaster: InferenceForecaster, request: Request, limit: int) -> int:

@@ -13,7 +13,7 @@ from sartor.job import Job
 from sartor.kernels.attention import NAME as SEGMENTS
 from sartor.machine import Machine, probe
 from sartor.methods import MethodTraits, traits
-from sartor.model import ModelSource, check_trainable, choosable_blocks, dissect, load_tokenizer, resolve, skeleton
+from sartor.model import ModelSource, check_trainable, choosable_blocks, dissect, load_tokenizer, outline, resolve
 from sartor.plan.attention import choose_attention
 from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.placed import Shortfall
@@ -46,7 +46,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     _check_optimizer(job, machine)
     instructions, optimizer = machine.instruction_sets, job.training.optimizer
     precision = Precision.resolve(job.precision, machine.device.kind, instruction_sets=instructions, optimizer=optimizer)
-    model = skeleton(source, dtype=precision.load_dtype(adapter=method.adapter))
+    model = outline(source, dtype=precision.load_dtype(adapter=method.adapter))
     anatomy = dissect(model)
     attention, attention_note = choose_attention(job, method, source, machine)
     packing, note = _packing(job, method, model, dense=machine.device.kind == "cpu" and attention != SEGMENTS)

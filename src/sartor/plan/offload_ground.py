@@ -10,8 +10,7 @@ from torch import nn
 
 from sartor.errors import JobError
 from sartor.machine.memory import resident_bytes
-from sartor.model import dissect, skeleton
-from sartor.model.regions import reduce_depth
+from sartor.model import dissect, short_skeleton, skeleton
 from sartor.model.rows import Row, find_rows
 from sartor.plan.levels import Level, everything, host_bytes, levels, spilled
 from sartor.plan.placed import accumulates, gradient_width, row_sizes
@@ -93,8 +92,9 @@ class Ground:
     def units(self, traced: int) -> list[int]:
         """How many blocks each unit of a trace with so many units has."""
         setting = self.setting
-        shortened = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
-        units = reduce_depth(shortened, singles=True).blocks()
+        dtype = setting.precision.load_dtype(adapter=setting.method.adapter)
+        _, reduction = short_skeleton(setting.source, dtype=dtype, singles=True)
+        units = reduction.blocks()
         return units if len(units) == traced else [1] * traced  # where layers were not repeated, each is one
 
     def accumulates(self, strategy: Strategy) -> bool:

@@ -15,8 +15,7 @@ from typing import Any
 from sartor.errors import JobError
 from sartor.job.units import format_bytes, format_seconds
 from sartor.methods import apply
-from sartor.model import skeleton
-from sartor.model.regions import reduce_depth
+from sartor.model import short_skeleton, skeleton
 from sartor.parallel import Layout
 from sartor.parallel.tensor import check_split
 from sartor.plan.estimate import Estimator
@@ -126,9 +125,9 @@ def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strate
     """Without the layouts that the job does not ask for and this model cannot have."""
     if setting.job.strategy.tensor != "auto" or all(strategy.layout.tensor == 1 for strategy in strategies):
         return strategies, []
-    model = skeleton(setting.source, dtype=setting.precision.load_dtype(adapter=setting.method.adapter))
-    if treats_layers_alike(setting.job):
-        reduce_depth(model)
+    dtype = setting.precision.load_dtype(adapter=setting.method.adapter)
+    alike = treats_layers_alike(setting.job)
+    model = short_skeleton(setting.source, dtype=dtype)[0] if alike else skeleton(setting.source, dtype=dtype)
     model = apply(model, setting.job, meta=True, kind=setting.machine.device.kind)
 
     @cache

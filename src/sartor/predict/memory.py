@@ -18,7 +18,7 @@ from sartor.machine.heap import has_glibc
 from sartor.machine.memory import resident_bytes
 from sartor.machine.products import products_bytes
 from sartor.methods import traits
-from sartor.model import ModelSource, skeleton
+from sartor.model import ModelSource, outline
 from sartor.parallel import Layout
 from sartor.predict.allocator import AllocatorConfig, replay
 from sartor.predict.arena import takes
@@ -333,7 +333,7 @@ def _host_bytes(job: Job, source: ModelSource, precision: Precision) -> int | No
     it."""
     if job.quantise is not None:
         return None
-    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter))
+    model = outline(source, dtype=precision.load_dtype(adapter=traits(job).adapter))
     return resident_bytes() + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 

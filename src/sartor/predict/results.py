@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 
 from sartor.predict.operators import tensors_of
+from sartor.predict.plain_results import PLAIN, ask, is_fresh
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -28,6 +29,8 @@ _MASKS = frozenset({torch.bool, torch.int8, torch.uint8})
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 """Results follow from values, or an operand looks different afterwards."""
 _INDEX = torch.ops.aten.index.Tensor
+_SPACES = ("aten", "prims", "fsdp")
+"""PyTorch's own operators, but for collectives, which give more than tensors."""
 
 
 class _NotAlike(Exception):
@@ -94,6 +97,10 @@ class Results:
     def of(self, key: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """The results of the call with this key, which `run` finds where they are not known."""
         recipe = _RECIPES.get(key)
+        if recipe is None and key not in _RECIPES and key[0] in PLAIN:
+            recipe = self._plain_recipe(key[0], args, kwargs)
+            if recipe is not None:
+                _RECIPES[key] = recipe
         if recipe is not None:
             made = [self._make(part, args) for part in recipe.parts]
             return made[0] if recipe.container is None else recipe.container(made)
@@ -139,6 +146,25 @@ class Results:
         made.__dict__.update(self._state)
         return made
 
+    def _plain_recipe(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Recipe | None:
+        """How to make the results of a plain operator; None where it takes other operands than it does as a rule."""
+        operands = list(tensors_of((args, kwargs)))
+        if not all(type(operand) is FakeTensor for operand in operands) or kwargs.get("device", _CPU) not in (_CPU, None):
+            return None
+        try:
+            result, given = ask(func, args, kwargs)
+        except Exception:  # what is wrong with it, the fake tensors say
+            return None
+        container = type(result) if isinstance(result, list | tuple) else None
+        results = [result] if container is None else list(result)
+        if container not in (None, list, tuple):
+            return None
+        others = {_storage_of(operand) for operand in operands}
+        try:
+            return _Recipe(tuple(_plain_part(one, given, others, viewed=_makes_view(func)) for one in results), container)
+        except _NotAlike:
+            return None
+
     def _recipe(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> _Recipe:
         """How to make such results. Raises _NotAlike where they would not be the same."""
         container = type(result) if isinstance(result, list | tuple) else None
@@ -167,6 +193,20 @@ def _part_of(result: Any, args: Any, *, viewed: bool) -> _Made | int | None:
     return _Made(tuple(result.shape), result.stride(), result.dtype, int(result.storage_offset()), source)
 
 
+def _plain_part(result: Any, args: Any, others: set[int], *, viewed: bool) -> _Made | int | None:
+    """What one result of a plain operator on stand-ins is. Raises _NotAlike for what is not made here."""
+    if result is None:
+        return None
+    place = next((place for place, arg in enumerate(args) if arg is result), None)
+    if place is not None:
+        return place
+    storage = _storage_of(result)
+    source = 0 if viewed and storage == _storage_of(args[0]) else None
+    if source is None and (storage in others or not is_fresh(result)):
+        raise _NotAlike
+    return _Made(tuple(result.shape), result.stride(), result.dtype, int(result.storage_offset()), source)
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether two results cannot be told apart, but for their storages' names."""
     if one is other:
@@ -190,8 +230,8 @@ def _is_constant(func: Any) -> bool:
     """Whether one of PyTorch's own operators gives the same kind of result for the same kind of operands."""
     if func is _INDEX:
         return True
-    name = func._schema.name.partition("::")
-    return name[0] in ("aten", "prims") and not name[2].startswith("lift") and not any(tag in func.tags for tag in _CHANGING)
+    space, _, name = func._schema.name.partition("::")
+    return space in _SPACES and not name.startswith("lift") and not any(tag in func.tags for tag in _CHANGING)
 
 
 @functools.cache

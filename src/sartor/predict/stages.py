@@ -18,7 +18,7 @@ from sartor.errors import JobError
 from sartor.job.schema import Job
 from sartor.methods import traits
 from sartor.methods.adapters import peft_config
-from sartor.model import ModelSource, choose_recomputed, dissect, skeleton
+from sartor.model import ModelSource, choose_recomputed, dissect, outline, skeleton
 from sartor.model.regions import Reduction, reduce_depth, signature
 from sartor.parallel import Layout, parallelise_stage
 from sartor.parallel.pipeline import WHOLE, PipelineStep, Stage, check_schedule, cut, layers_of_stages, of_one_shape
@@ -93,18 +93,21 @@ class _Tracing:
         self.job, self.source, self.batches, self.target = job, source, batches, target
         self.precision, self.recompute, self.attention, self.layout = precision, recompute, attention, layout
         self.recomputed: int | None = None
+        self.dtype = precision.load_dtype(adapter=traits(job).adapter)
         self.said = _Said()
 
     def skeleton(self) -> Any:
-        dtype = self.precision.load_dtype(adapter=traits(self.job).adapter)
-        model = skeleton(self.source, dtype=dtype, attention=self.attention)
+        model = skeleton(self.source, dtype=self.dtype, attention=self.attention)
         choose_recomputed(model, self.recomputed)
         return model
 
     def distinct_stages(self) -> list[int]:
         """The first, the last, and of those between each that an earlier one does not stand for: with the same layers and maybe
         more of them, and no fewer micro-batches in flight."""
-        model = self.skeleton()
+        if self.recomputed is None:
+            model = outline(self.source, dtype=self.dtype, attention=self.attention)
+        else:
+            model = self.skeleton()
         stack = dissect(model).main_stack
         layers = [] if stack is None else [signature(layer) for layer in model.get_submodule(stack.path).children()]
         seen: dict[int, list[Any]] = {}

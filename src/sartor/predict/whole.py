@@ -13,7 +13,7 @@ from sartor.data.pack import Batch
 from sartor.job.schema import Job
 from sartor.methods import trained_parameters, traits
 from sartor.methods.adapters import peft_config
-from sartor.model import ModelSource, choose_recomputed, skeleton
+from sartor.model import ModelSource, choose_recomputed, short_skeleton, skeleton
 from sartor.model.regions import EDGE, Reduction, every_layer, reduce_depth
 from sartor.parallel import Layout, parallelise
 from sartor.parallel.context import check_job, fullest_rank, ring_attention, share
@@ -76,9 +76,8 @@ def trace_job(
 
     def traced(mesh: DeviceMesh | None, *, shortened: bool) -> Ledger:
         ring = ring_attention(mesh, layout) if mesh is not None and layout.context > 1 else contextlib.nullcontext()
-        model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter), attention=attention)
-        choose_recomputed(model, recomputed)
-        reduction = _reduced(model, shortened, edge=1 if sketch else EDGE, layers=layers)
+        build = {"dtype": precision.load_dtype(adapter=traits(job).adapter), "attention": attention}
+        model, reduction = _reduced(source, build, shortened, edge=1 if sketch else EDGE, layers=layers, recomputed=recomputed)
         if known is not None and reduction.regions and reduction.pattern in known:
             return expand(known[reduction.pattern], reduction).set_paged_apart()
         model = make_trainable(model, job, precision, recompute=recompute, meta=True, kind=target.kind)
@@ -97,11 +96,17 @@ def trace_job(
             return traced(mesh, shortened=False)
 
 
-def _reduced(model: nn.Module, shortened: bool, *, edge: int, layers: bool) -> Reduction:
+def _reduced(
+    source: ModelSource, build: dict[str, Any], shortened: bool, *, edge: int, layers: bool, recomputed: int | None
+) -> tuple[nn.Module, Reduction]:
     """What of a model is traced, and what its units are."""
+    if shortened and recomputed is None:
+        return short_skeleton(source, edge=edge, singles=layers, **build)
+    model = skeleton(source, **build)
+    choose_recomputed(model, recomputed)
     if shortened:
-        return reduce_depth(model, edge=edge, singles=layers)
-    return every_layer(model) if layers else Reduction()
+        return model, reduce_depth(model, edge=edge, singles=layers)
+    return model, every_layer(model) if layers else Reduction()
 
 
 def _shared_tokens(
@@ -121,8 +126,10 @@ def _shared_tokens(
 
 def count_trained(job: Job, source: ModelSource, precision: Precision) -> int:
     """Parameters that the job trains, of the whole model."""
-    model = skeleton(source, dtype=precision.load_dtype(adapter=traits(job).adapter))
-    reduction = reduce_depth(model) if treats_layers_alike(job) else Reduction()
+    dtype = precision.load_dtype(adapter=traits(job).adapter)
+    model, reduction = (
+        short_skeleton(source, dtype=dtype) if treats_layers_alike(job) else (skeleton(source, dtype=dtype), Reduction())
+    )
     model = make_trainable(model, job, precision, recompute=False, meta=True)
     if not reduction.regions:
         return sum(parameter.numel() for parameter in trained_parameters(model).values())

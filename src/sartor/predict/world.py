@@ -93,9 +93,11 @@ def wrappers_watched(tracker: StorageTracker) -> Iterator[None]:
         return change
 
     def unseen(original: Any) -> Any:
-        def propagate(*args: Any, **options: Any) -> Any:
+        def propagate(propagator: Any, schema: Any) -> Any:
+            if not schema.op._schema.returns:
+                return None  # optimizers update lists of hundreds of tensors, and nothing is returned
             with tracker.unseen():
-                return original(*args, **options)
+                return original(propagator, schema)
 
         return propagate
 
