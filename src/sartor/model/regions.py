@@ -21,6 +21,8 @@ EDGE = 2
 
 LONGEST_PERIOD = 12
 _OWN_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
+_NOT_ITS = {*_OWN_NAMES, *vars(nn.Module())}
+"""Of a layer's attributes, those that tell its place, and those that every module has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ def signature(layer: nn.Module) -> tuple[Any, ...]:
         plain = (
             (name, value)
             for name, value in vars(module).items()
-            if name not in _OWN_NAMES and isinstance(value, int | float | bool | str | None)
+            if name not in _NOT_ITS and isinstance(value, int | float | bool | str | None)
         )
         held = ((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in module.named_parameters(recurse=False))
         parts.append((path, type(module).__qualname__, tuple(plain), tuple(held)))

@@ -78,15 +78,19 @@ def make_timeline(ledger: Ledger, *, held: Sequence[tuple[int, int]] = (), most_
 
     `held`: what the device's allocator holds after some of the ledger's events, as (number of the event from 0, bytes).
     """
-    steps = [(name, list(group)) for name, group in groupby(ledger.events, key=lambda event: event.phase.partition(": ")[0])]
+    phases = {event.phase for event in ledger.events}
+    step_of = {phase: phase.partition(": ")[0] for phase in phases}
+    steps = [(name, list(group)) for name, group in groupby(ledger.events, key=lambda event: step_of[event.phase])]
     if not any(": " in events[0].phase for _, events in steps):
         return None
     kinds = (*KINDS, *sorted(set(ledger.kinds.values()) - set(KINDS)))
+    rest = kinds.index("activations")
+    kind_of = {storage: kinds.index(kind) for storage, kind in ledger.kinds.items()}
     before = np.zeros(len(kinds), dtype=np.int64)
     best: tuple[int, np.ndarray, list[Event], int] | None = None
     start = 0
     for _, events in steps:
-        live_PK = _live(before, events, [kinds.index(ledger.kinds.get(event.storage, "activations")) for event in events])
+        live_PK = _live(before, events, [kind_of.get(event.storage, rest) for event in events])
         before, highest = live_PK[-1], int(live_PK.sum(axis=1).max())
         if ": " in events[0].phase and (best is None or highest >= best[0]):
             best = highest, live_PK, events, start
@@ -94,7 +98,7 @@ def make_timeline(ledger: Ledger, *, held: Sequence[tuple[int, int]] = (), most_
     assert best is not None, "some step has a phase"
     _, live_PK, events, start = best
     top, moment_P = int(live_PK.sum(axis=1).argmax()), clock(events)
-    places, off_by = _thin(moment_P, live_PK.cumsum(axis=1), {0, top, len(events)}, most_points)
+    places, off_by = _thin(moment_P, live_PK.cumsum(axis=1).T.copy(), {0, top, len(events)}, most_points)
     return Timeline(
         kinds=kinds,
         moments=tuple(float(moment_P[place]) for place in places),
@@ -129,16 +133,16 @@ def _live(before: np.ndarray, events: Sequence[Event], kinds: Sequence[int]) -> 
     return changes_PK.cumsum(axis=0)
 
 
-def _thin(moment_P: np.ndarray, stacks_PK: np.ndarray, kept: set[int], most: int) -> tuple[list[int], int]:
+def _thin(moment_P: np.ndarray, stacks_KP: np.ndarray, kept: set[int], most: int) -> tuple[list[int], int]:
     """At most so many places, `kept` among them, and how far lines between them are off: each further place is the one where
     the lines so far are off most (Ramer 1972, Douglas and Peucker 1973, with the distance measured upwards)."""
 
     def worst(left: int, right: int) -> tuple[int, int, int, int]:
         if right - left < 2:
             return 0, left, left, right
-        share_P1 = (moment_P[left : right + 1, None] - moment_P[left]) / (moment_P[right] - moment_P[left])
-        line_PK = stacks_PK[left] + share_P1 * (stacks_PK[right] - stacks_PK[left])
-        off_P = np.abs(stacks_PK[left : right + 1] - line_PK).max(axis=1)
+        share_P = (moment_P[left : right + 1] - moment_P[left]) / (moment_P[right] - moment_P[left])
+        first_K1, last_K1 = stacks_KP[:, left, None], stacks_KP[:, right, None]
+        off_P = np.abs(stacks_KP[:, left : right + 1] - (first_K1 + share_P * (last_K1 - first_K1))).max(axis=0)
         place = int(off_P.argmax())
         return -int(np.ceil(off_P[place])), left + place, left, right
 

@@ -68,14 +68,9 @@ def trace_steps(
             _tag_weights(tracker, model, reduction)
         tracker.follow(model, reduction)
         step = make_step(model)
-        # Of several micro-batches under FSDP2 both steps run: the first one, on one of them, sets up what the second one finds.
-        same = later is None or later is batches
-        once = len(batches) == 1 and _is_wrapped(model)  # then it is the second one over
-        again = same and sharded and isinstance(step, TrainStep) and not once and not _alike(step, batches)
-        first = batches[:1] if again else batches
-        passed = run_traced_step(tracker, step, first, _trained(batches), shorten=True)
-        if same:
-            repeat_traced_step(tracker, step, batches, _trained(batches), passed, again=again)
+        passed = run_traced_step(tracker, step, batches, _trained(batches), shorten=True)
+        if later is None or later is batches:
+            repeat_traced_step(tracker, step, batches, _trained(batches), passed)
         elif later:
             run_traced_step(tracker, step, later, _trained(later), number=1, shorten=True)
         tracker.close()
@@ -172,12 +167,9 @@ def repeat_traced_step(
     batches: Sequence[Batch],
     trained_tokens: int,
     passed: Passed,
-    *,
-    again: bool = False,
 ) -> None:
-    """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place.
-    `again`: it has to run, whatever the first one did."""
-    if again or _happened_once(tracker.ledger):
+    """A second step: its passes are the first one's over again; clipping and update run, on gradients that take their place."""
+    if _happened_once(tracker.ledger):
         run_traced_step(tracker, step, batches, trained_tokens, number=1)
         return
     copies = tracker.repeat(f"step 1: {PASSES}", f"step 2: {PASSES}")
