@@ -131,14 +131,15 @@ def _possible(setting: Setting, strategies: list[Strategy]) -> tuple[list[Strate
     model = apply(model, setting.job, meta=True, kind=setting.machine.device.kind)
 
     @cache
-    def reason(layout: Layout) -> str:
+    def reason(tensor: int, sequence: bool) -> str:
         try:
-            check_split(model, layout)
+            check_split(model, Layout(tensor=tensor, sequence=sequence))
         except JobError as error:
             return str(error)
         return ""
 
-    reasons = [reason(strategy.layout) if strategy.layout.tensor > 1 else "" for strategy in strategies]
+    layouts = [strategy.layout for strategy in strategies]
+    reasons = [reason(layout.tensor, layout.sequence) if layout.tensor > 1 else "" for layout in layouts]
     impossible = [Rejected(strategy=strategy, reason=why) for strategy, why in zip(strategies, reasons, strict=True) if why]
     return [strategy for strategy, why in zip(strategies, reasons, strict=True) if not why], impossible
 

@@ -47,6 +47,7 @@ class Sketch:
         if [o.name for o in low.table] != [o.name for o in high.table] or len(low.segments) != len(high.segments):
             raise NotComparable("what is computed depends on the number of rows")
         self._operations = low, high
+        self._tables: dict[float, list[Operation]] = {}
 
     def _found(self, traces: Sequence[Ledger], events: Sequence[Event]) -> list[tuple[Extent, Extent, np.ndarray]]:
         """Every workspace's extents in both traces, and where it lives in the last step. It is taken out of what is linear."""
@@ -98,8 +99,9 @@ class Sketch:
     def operations(self, rows: float) -> Operations:
         """What one micro-batch of so many rows computes, and the update. A part of a row is a narrower micro-batch's."""
         low, high = self._operations
-        table = [_between(one, other, rows) for one, other in zip(low.table, high.table, strict=True)]
-        return Operations(table=table, segments=low.segments)
+        if rows not in self._tables:  # many strategies have micro-batches of a few sizes
+            self._tables[rows] = [_between(one, other, rows) for one, other in zip(low.table, high.table, strict=True)]
+        return Operations(table=list(self._tables[rows]), segments=list(low.segments))
 
 
 def _story(events: Sequence[Event]) -> list[tuple[int, str, bool]]:

@@ -70,8 +70,9 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # the most frequent question, and it makes nothing
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args)
-        if any(kind is not FakeTensor and kind.__name__ in _WRAPPERS for kind in types):
-            return NotImplemented  # it comes again, with the local tensors
+        for kind in types:
+            if kind is not FakeTensor and kind.__name__ in _WRAPPERS:
+                return NotImplemented  # it comes again, with the local tensors
         kwargs = kwargs or {}
         if func.namespace == "profiler":  # FSDP2 and optimizers say what they are at
             with torch._C._DisableTorchDispatch():
