@@ -3,8 +3,9 @@
     python benchmarks/planner.py [--data FOLDER]
 
 Each job is planned in a process of its own, after the libraries are imported: the whole plan once, then with other strategies
-pinned. Jobs of SEARCHES leave the strategy open: the whole search, and what one more strategy takes in it (both estimates, memory
-and time, once the two traces behind them are there). FOLDER holds configs/ (default: ../shared).
+pinned. Jobs of SEARCHES leave the strategy open: the whole search, in five processes by turns (the median counts; every one is in
+the result), and what one more strategy takes in it (both estimates, memory and time, once the two traces behind them are there).
+FOLDER holds configs/ (default: ../shared).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SEARCHES = {
     "llama-2-7b full, 8 x A100, open": ("llama/llama-2-7b-hf.json", "full", "8xA100-80GB", 64),
     "llama-2-70b full, 64 x H100, open": ("llama/llama-2-70b.json", "full", "8x8xH100-80GB", 256),
 }
+
+SEARCHED = 5
 
 
 def job_of(name: str, data: Path) -> dict[str, Any]:
@@ -113,23 +116,35 @@ def main() -> None:
         print(json.dumps(measure(options.one, options.data)))
         return
     results: dict[str, Any] = {}
-    for name in JOBS | SEARCHES:
+    for name in [*JOBS, *(name for _ in range(SEARCHED) for name in SEARCHES)]:
         command = [sys.executable, __file__, "--one", name, "--data", str(options.data)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             results[name] = {"failed": done.stderr.strip().splitlines()[-1].replace(str(options.data), "…")}
             print(f"{name}: failed: {results[name]['failed']}")
             continue
-        found = results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        if name in SEARCHES:
+            results[name] = [*(results[name] if isinstance(results.get(name), list) else []), found]
+            continue
+        results[name] = found
         first, *further = found["seconds"]
         figures = f"{first[0]:.2f} s ({first[1]:.2f} s of processor time)"
-        if further:
-            figures += f", a further plan {statistics.mean(wall for wall, _ in further):.2f} s"
-        if found["estimates"]:
-            usual, count = statistics.median(found["estimates"]), len(found["estimates"])
-            figures += f" for {count} strategies, a further one {1000 * usual:.1f} ms"
+        figures += f", a further plan {statistics.mean(wall for wall, _ in further):.2f} s"
         print(f"{name}: {figures}, planner's memory {found['peak_gib']:.2f} GiB ({found['imported_gib']:.2f} after imports)")
+    for name in SEARCHES:
+        print(f"{name}: {searched(results[name])}")
     print("written:", save("planner", results))
+
+
+def searched(runs: list[dict[str, Any]]) -> str:
+    """What a search took, in words."""
+    if not isinstance(runs, list):
+        return "failed"
+    walls = [run["seconds"][0][0] for run in runs]
+    usual = statistics.median(taken for run in runs for taken in run["estimates"])
+    seconds = f"{statistics.median(walls):.2f} s ({min(walls):.2f} to {max(walls):.2f} in {len(runs)} processes)"
+    return f"{seconds} for {len(runs[0]['estimates'])} strategies, a further one {1000 * usual:.1f} ms"
 
 
 if __name__ == "__main__":
