@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sartor.predict.arena import Arena
@@ -86,7 +86,8 @@ def forecast_heap(
     config = config or HeapConfig()
     events = repeat_last_step(ledger.events, times=max(min(steps, _STEPS) - 2, 0))
     kept = _beside_kept(ledger)
-    found = [replay_heap(events, config, seed=number, kept=kept, apart=apart) for number in range(_REPLAYS)]
+    outlived = _outlived(events)
+    found = [replay_heap(events, config, seed=number, kept=kept, apart=apart, outlived=outlived) for number in range(_REPLAYS)]
     mean = sum(heap.peak_resident_bytes for heap in found) // _REPLAYS
     typical = min(found, key=lambda heap: abs(heap.peak_resident_bytes - mean))
     return dataclasses.replace(typical, peak_resident_bytes=mean)
@@ -111,13 +112,14 @@ def replay_heap(
     seed: int | None = None,
     kept: float | None = None,
     apart: Callable[[int], bool] | None = None,
+    outlived: Mapping[int, int] | None = None,
 ) -> Heap:
     """Resident bytes that a ledger's storages add under glibc's malloc; with companions where there is a seed to draw them by,
     `kept` of them beside a storage that waits for the backward pass (default: as in `COMPANIONS`). Storages of the sizes that are
-    `apart` come from an arena, their companions from malloc."""
+    `apart` come from an arena, their companions from malloc. `outlived`: as in `_outlived`, where it is known."""
     events = ledger.events if isinstance(ledger, Ledger) else ledger
     heap = Malloc(config)
-    companions = _Companions(events, seed, kept) if seed is not None else None
+    companions = _Companions(outlived or _outlived(events), seed, kept) if seed is not None else None
     chunks: dict[int, list[Chunk]] = {}
     arena, blocks = Arena(), dict[int, tuple[int, int]]()
     live = peak_live = peak = at = 0
@@ -151,20 +153,32 @@ def replay_heap(
 class _Companions:
     """Draws the small requests that come just before a storage and live as long as it."""
 
-    def __init__(self, events: Sequence[Event], seed: int, kept: float | None) -> None:
+    def __init__(self, outlives: Mapping[int, int], seed: int, kept: float | None) -> None:
         self._random = random.Random(seed)
         share = 1.0 if kept is None else kept / sum(COMPANIONS[_KEPT].values())
-        self._rates = COMPANIONS | {_KEPT: {size: rate * share for size, rate in COMPANIONS[_KEPT].items()}}
-        self._outlives = _outlived(events)
+        rates = COMPANIONS | {_KEPT: {size: rate * share for size, rate in COMPANIONS[_KEPT].items()}}
+        self._shares = [(least, _split(rates[least])) for least in sorted(COMPANIONS, reverse=True)]
+        self._headers = _split(HEADERS)
+        self._outlives = outlives
 
     def of(self, event: Event) -> list[int]:
-        outlived = self._outlives.get(event.storage, _KEPT)
-        least = next(least for least in sorted(COMPANIONS, reverse=True) if least <= max(outlived, 1))
-        rates = HEADERS if event.phase == "build" else self._rates[least]
+        outlived = max(self._outlives.get(event.storage, _KEPT), 1)
+        shares = self._headers
+        if event.phase != "build":
+            shares = next(shares for least, shares in self._shares if least <= outlived)
         draw = self._random.random
-        sizes = [size for size, rate in rates.items() for _ in range(int(rate) + (draw() < rate % 1))]
+        sizes: list[int] = []
+        for whole, size, part in shares:
+            sizes += whole
+            if draw() < part:
+                sizes.append(size)
         self._random.shuffle(sizes)
         return sizes
+
+
+def _split(rates: Mapping[int, float]) -> list[tuple[list[int], int, float]]:
+    """Of each size, what is always there, and how often there is one more."""
+    return [([size] * int(rate), size, rate % 1) for size, rate in rates.items()]
 
 
 def _outlived(events: Sequence[Event]) -> dict[int, int]:

@@ -154,9 +154,9 @@ class Malloc:
         self._fast: list[Chunk] = []
         self._cached: defaultdict[int, list[Chunk]] = defaultdict(list)
         self._last_remainder: Chunk | None = None
+        border = Chunk(0, MIN_CHUNK)  # in use for good: what lies to its left is asked of free chunks only
         for place, size in enumerate(self.config.free_chunks):
-            chunk = Chunk(-(place + 1) * 2**40, size)  # below the heap and far from all others
-            chunk.right = Chunk(chunk.start + size, MIN_CHUNK, chunk)
+            chunk = Chunk(-(place + 1) * 2**40, size, None, border)  # below the heap and far from all others
             chunk.free = True
             self._bins.add(chunk)
 
