@@ -156,6 +156,12 @@ class Bench:
         return path
 
 
+def without_paths(failure: str) -> str:
+    """How a run ended, with the last line of its output: those before it name this machine's folders."""
+    how, _, output = failure.partition(": ")
+    return f"{how}: {output.strip().splitlines()[-1]}" if output.strip() else how
+
+
 def figures(run: Watched, flops_per_token: float, gemm: float) -> dict[str, Any]:
     """The figures of one run."""
     tokens = [line["tokens"] for line in run.lines]
@@ -192,7 +198,7 @@ def compare(bench: Bench, shape: str, method: str, names: list[str], examples: i
         turned = names[number % len(names) :] + names[: number % len(names)]
         for name in turned:
             done = bench.run(ENTRANTS[name], job, steps=steps)
-            made = {"failed": done.failure} if done.failure else figures(done, flops / tokens, gemm)
+            made = {"failed": without_paths(done.failure)} if done.failure else figures(done, flops / tokens, gemm)
             runs[name].append(made)
             print(f"  {name:18} {_line(made)}", flush=True)
     flops_per_token = flops / tokens
@@ -236,7 +242,7 @@ def check(bench: Bench, shape: str, method: str, names: list[str]) -> dict[str, 
     for name in dict.fromkeys(["sartor-float32", *names]):
         done = bench.run(ENTRANTS[name], job, steps=CHECK_STEPS, in_order=True)
         if done.failure:
-            failed[name] = done.failure
+            failed[name] = without_paths(done.failure)
             print(f"  {name:18} FAILED {done.failure[-600:]}", flush=True)
             continue
         losses[name] = [line["loss"] for line in done.lines]
