@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sartor.predict import results
+from fake_results import told
 from sartor.predict.plain_results import PLAIN
 from sartor.predict.results import Results
 
 aten = torch.ops.aten
 INT, CPU = torch.int64, torch.device("cpu")
-
-
-@pytest.fixture
-def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    monkeypatch.setattr(results, "_RECIPES", {})
-    return results.fake_mode()
 
 
 def whole(*shape: int) -> Tensor:
@@ -131,33 +125,17 @@ def named(func: Any) -> str:
     return str(func).removeprefix("aten.").removesuffix(".default")
 
 
-def told(result: Any, given: Any) -> Any:
-    """Everything that a trace can see of results; their storages by the operands that they share them with."""
-    if isinstance(result, list | tuple):
-        return type(result), [told(one, given) for one in result]
-    if not isinstance(result, Tensor):
-        return result
-    storages = [one.untyped_storage()._cdata if isinstance(one, Tensor) else None for one in given]
-    storage = result.untyped_storage()
-    return (
-        next((place for place, one in enumerate(given) if one is result), None),
-        storages.index(storage._cdata) if storage._cdata in storages else None,
-        (result.shape, result.stride(), result.storage_offset(), result.dtype, result.device),
-        (storage.nbytes(), storage.device.type, result.requires_grad, torch._C._dispatch_key_set(result)),
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("func", sorted(PLAIN, key=str), ids=named)
-def test_a_plain_operator_gives_what_fake_tensors_give(func: Any, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+def test_a_plain_operator_gives_what_fake_tensors_give(func: Any, dtype: torch.dtype, fake_mode: FakeTensorMode) -> None:
     def x(*shape: Any) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError(f"{func} was left to the fake tensors")
 
-    memory = Results(mode)
-    with mode, torch.no_grad():
+    memory = Results(fake_mode)
+    with fake_mode, torch.no_grad():
         count = len(operands(x)[named(func)])
         for at in range(count):
             args, kwargs = operands(x)[named(func)][at]
@@ -166,9 +144,9 @@ def test_a_plain_operator_gives_what_fake_tensors_give(func: Any, dtype: torch.d
             assert told(made, args) == told(func(*fresh, **kwargs), fresh)
 
 
-def test_a_plain_operator_that_cannot_be_is_left_to_the_fake_tensors(mode: FakeTensorMode) -> None:
-    memory = Results(mode)
-    with mode:
+def test_a_plain_operator_that_cannot_be_is_left_to_the_fake_tensors(fake_mode: FakeTensorMode) -> None:
+    memory = Results(fake_mode)
+    with fake_mode:
         args = [torch.empty(3, 4), torch.empty(3, 4)]
         with pytest.raises(RuntimeError, match="reduction dim"):
             memory.of(memory.key(aten.mm.default, args, {}), aten.mm.default, args, {})
@@ -177,12 +155,12 @@ def test_a_plain_operator_that_cannot_be_is_left_to_the_fake_tensors(mode: FakeT
     assert made.device.type == "meta"
 
 
-def test_nothing_is_kept_alive(mode: FakeTensorMode) -> None:
-    memory = Results(mode)
+def test_nothing_is_kept_alive(fake_mode: FakeTensorMode) -> None:
+    memory = Results(fake_mode)
     gc.collect()
     gc.disable()
     try:
-        with mode:
+        with fake_mode:
             args = [torch.empty(3, 4), [12]]
             storage = weakref.ref(args[0].untyped_storage())
             made = memory.of(memory.key(aten.view.default, args, {}), aten.view.default, args, {})

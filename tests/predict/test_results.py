@@ -10,32 +10,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fake_results import told
 from sartor.predict import results
 from sartor.predict.results import Results
 
 aten = torch.ops.aten
-
-
-@pytest.fixture
-def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    monkeypatch.setattr(results, "_RECIPES", {})
-    return results.fake_mode()
-
-
-def told(result: Any, operands: list[Any]) -> Any:
-    """Everything that a trace can see of a result; its storage by the operand that it shares it with."""
-    if isinstance(result, list | tuple):
-        return type(result), [told(one, operands) for one in result]
-    if not isinstance(result, Tensor):
-        return result
-    given = [operand.untyped_storage()._cdata if isinstance(operand, Tensor) else None for operand in operands]
-    storage = result.untyped_storage()
-    return (
-        next((place for place, operand in enumerate(operands) if operand is result), None),
-        given.index(storage._cdata) if storage._cdata in given else None,
-        (result.shape, result.stride(), result.storage_offset(), result.dtype, result.device),
-        (storage.nbytes(), storage.device.type, result.requires_grad, torch._C._dispatch_key_set(result)),
-    )
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,17 +41,17 @@ CALLS: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_remembered_result_is_the_one_that_was_computed(
-    name: str, mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+    name: str, fake_mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     func, make, kwargs = CALLS[name]
     monkeypatch.setattr(results, "PLAIN", frozenset())  # test_plain_results.py has those
-    memory, ran = Results(mode), []
+    memory, ran = Results(fake_mode), []
 
     def run(*args: Any, **options: Any) -> Any:
         ran.append(func)
         return func(*args, **options)
 
-    with mode:
+    with fake_mode:
         for _ in range(3):
             args = make()
             made = memory.of(memory.key(func, args, kwargs), run, args, kwargs)
@@ -81,9 +60,9 @@ def test_a_remembered_result_is_the_one_that_was_computed(
     assert len(ran) == 1
 
 
-def test_calls_that_differ_have_different_keys(mode: FakeTensorMode) -> None:
-    memory = Results(mode)
-    with mode:
+def test_calls_that_differ_have_different_keys(fake_mode: FakeTensorMode) -> None:
+    memory = Results(fake_mode)
+    with fake_mode:
         square, wide = empty(4, 4), empty(4, 8)
         calls = [
             (aten.mul.Tensor, [square, square]),
@@ -103,11 +82,11 @@ def test_calls_that_differ_have_different_keys(mode: FakeTensorMode) -> None:
     assert len(keys) == len(calls) + 1
 
 
-def test_what_follows_from_more_than_shapes_has_no_key(mode: FakeTensorMode) -> None:
-    memory, real, others = Results(mode), empty(4), FakeTensorMode()
+def test_what_follows_from_more_than_shapes_has_no_key(fake_mode: FakeTensorMode) -> None:
+    memory, real, others = Results(fake_mode), empty(4), FakeTensorMode()
     with others:
         foreign = empty(4)
-    with mode:
+    with fake_mode:
         own, mask, complex_ = empty(4), empty(4, dtype=torch.bool), empty(4, dtype=torch.complex64)
         constant = torch.tensor(1.0)
         calls = [
@@ -123,9 +102,9 @@ def test_what_follows_from_more_than_shapes_has_no_key(mode: FakeTensorMode) -> 
         assert [memory.key(func, args, {}) for func, args in calls] == [None] * len(calls)
 
 
-def test_results_of_another_kind_are_computed_each_time(mode: FakeTensorMode) -> None:
-    memory = Results(mode)
-    with mode:
+def test_results_of_another_kind_are_computed_each_time(fake_mode: FakeTensorMode) -> None:
+    memory = Results(fake_mode)
+    with fake_mode:
         args = [empty(3), empty(3)]
         key = memory.key(aten.is_same_size.default, args, {})
         assert [memory.of(key, lambda *_, answer=answer: answer, args, {}) for answer in (True, False)] == [True, False]
