@@ -58,6 +58,9 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         (16, 18, 4103),
         (1100, 80, 33),
         (3, 530, 9),
+        (50, 200, 1024),  # rows so far apart that they meet in a cache: other strips of tiles
+        (35, 130, 4096),
+        (20, 40, 2048),
     ],
 )
 @pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=3)))

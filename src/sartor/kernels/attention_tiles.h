@@ -16,32 +16,22 @@
 
 namespace {
 
-template <int WIDE>
+template <int TALL, int WIDE>
 inline void tiles_of(const tile_factors &of, const pair *b, int64_t b_row, float *c, int64_t c_row, bool more) {
-    if (more) {
-        written();
-        _tile_loadd(0, c, 4 * c_row);
-        if (WIDE > 1) _tile_loadd(1, c + HIGH, 4 * c_row);
-        if (WIDE > 2) _tile_loadd(2, c + 2 * HIGH, 4 * c_row);
-    } else {
-        _tile_zero(0);
-        if (WIDE > 1) _tile_zero(1);
-        if (WIDE > 2) _tile_zero(2);
-    }
-    sum_tiles<WIDE>(of, b, b_row);
-    _tile_stored(0, c, 4 * c_row);
-    if (WIDE > 1) _tile_stored(1, c + HIGH, 4 * c_row);
-    if (WIDE > 2) _tile_stored(2, c + 2 * HIGH, 4 * c_row);
+    if (more) load_sums<TALL, WIDE>(c, c_row);
+    else begin_sums<TALL, WIDE>();
+    sum_tiles<TALL, WIDE, false>(of, b, b_row);
+    store_sums<TALL, WIDE>(c, c_row);
 }
 
 // c = a b or c += a b, b in pairs. Rows and columns are multiples of 16; `depth`, of 32, numbers are summed over.
 inline void multiply(const bf16 *a, int64_t a_row, const pair *b, int64_t b_row, float *c, int64_t c_row, int64_t rows,
                      int64_t columns, int64_t depth, bool more) {
-    for (int64_t i = 0; i < rows; i += HIGH)
-        for (int64_t j = 0; j < columns; j += MOST_WIDE * HIGH) {
-            const int64_t left = columns - j;
-            const auto run = left > 2 * HIGH ? tiles_of<3> : left > HIGH ? tiles_of<2> : tiles_of<1>;
-            run({a + i * a_row, a_row, STEP, HIGH, depth}, b + j, b_row, c + i * c_row + j, c_row, more);
+    for (int64_t i = 0; i < rows; i += PAIR)
+        for (int64_t j = 0; j < columns; j += PAIR) {
+            const bool tall = rows - i > HIGH, wide = columns - j > HIGH;
+            const auto run = tall ? (wide ? tiles_of<2, 2> : tiles_of<2, 1>) : wide ? tiles_of<1, 2> : tiles_of<1, 1>;
+            run({a + i * a_row, a_row, STEP, HIGH * a_row, tall ? PAIR : HIGH, depth}, b + j, b_row, c + i * c_row + j, c_row, more);
         }
 }
 

@@ -118,20 +118,21 @@ void task(const problem &of, const bf16 *packed, int64_t above, int64_t column, 
     bf16 *c = of.c + (of.c_turned ? column * of.c_row + above : above * of.c_row + column);
     for (int64_t k = 0; k < of.k; k += of.depth) {
         const int64_t depth = of.k - k < of.depth ? of.k - k : of.depth;
-        const bool ends = k + depth == of.k;
-        lay_out(of.b + (of.b_turned ? column * of.b_row + k : k * of.b_row + column), of.b_row, of.b_turned, depth, columns, panel, width);
-        if (ends && of.more_k > 0) {
-            const bf16 *from = of.more_b + (of.b_turned ? column * of.more_b_row : column);
-            lay_out(from, of.more_b_row, of.b_turned, of.more_k, columns, more_panel, width);
-        }
+        const bool ends = k + depth == of.k, adds = ends && of.more_k > 0;
+        const bf16 *from = of.b + (of.b_turned ? column * of.b_row + k : k * of.b_row + column);
+        const bf16 *more_from = of.more_b + (of.b_turned ? column * of.more_b_row : column);
         const results to{kept, k == 0, ends, c, columns, of.bias == nullptr ? nullptr : of.bias + column};
         const block at{packed, above, row, end, k, depth};
 #if defined(SARTOR_TILES)
         if (has_tiles()) {
-            by_tiles(of, at, panel, more_panel, width, to);
+            lay_out_strips(of, from, of.b_row, depth, columns, panel);
+            if (adds) lay_out_strips(of, more_from, of.more_b_row, of.more_k, columns, more_panel);
+            by_tiles(of, at, panel, more_panel, to);
             continue;
         }
 #endif
+        lay_out(from, of.b_row, of.b_turned, depth, columns, panel, width);
+        if (adds) lay_out(more_from, of.more_b_row, of.b_turned, of.more_k, columns, more_panel, width);
         by_pairs(of, at, panel, more_panel, width, to);
     }
 }

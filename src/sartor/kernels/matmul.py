@@ -122,7 +122,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
-        panel, group, step = (96, 16, _STEP) if has_tiles() else (64, 12, 2)
+        panel, group, step = (96, 32, _STEP) if has_tiles() else (64, 12, 2)
         rows = m
         if turned:  # rows of a are laid out first, some thousand at a time
             rows = min(_up(m, group), max(_PACKED_BYTES // (2 * _up(k, step)) // group, 1) * group)

@@ -29,32 +29,39 @@ namespace {
 // Neighbours along what is summed over, the first one in the lower half. Written as bf16 numbers and read as pairs.
 typedef uint32_t __attribute__((may_alias)) pair;
 
-constexpr int64_t GROUP = 6;  // rows of a that are laid out together
+constexpr int64_t GROUP = 6;   // rows of a that are laid out together
+constexpr int64_t AHEAD = 16;  // rows that are asked for before they are laid out in pairs
 
 inline __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
 inline __m512 widened(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
 
-// Columns of neighbouring rows as pairs, rows of `width` pairs: to[t, i] = (from[2t, i], from[2t + 1, i]); zeros after the last row.
-inline void paired_rows(const bf16 *from, int64_t stride, pair *to, int64_t width, int64_t count, int64_t size) {
+// Columns of neighbouring rows as pairs, (from[2t, i], from[2t + 1, i]), 16 from i on to `to(t, i)`; zeros after the last row, and
+// after `size` columns up to `width`.
+template <class Place>
+inline void paired_rows(const bf16 *from, int64_t stride, int64_t width, int64_t count, int64_t size, const Place &to) {
     // The first 16 numbers of either row beside each other, and the next 16: places of the second row are 32 further.
     const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i low = _mm512_or_si512(places, _mm512_slli_epi32(_mm512_add_epi32(places, _mm512_set1_epi32(32)), 16));
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t t = 0; t < count; t += 2)
+    for (int64_t t = 0; t < count; t += 2) {
+        for (int64_t i = 0; i < size && t + AHEAD < count; i += 32)
+            for (int64_t row = t + AHEAD; row < t + AHEAD + 2; row++)
+                _mm_prefetch(reinterpret_cast<const char *>(from + row * stride + i), _MM_HINT_T0);
         for (int64_t i = 0; i < width; i += 16) {
             if (t + 1 < count && size - i >= 32 && width - i >= 32) {
                 const __m512i above = _mm512_loadu_si512(from + t * stride + i);
                 const __m512i below = _mm512_loadu_si512(from + (t + 1) * stride + i);
-                _mm512_storeu_si512(to + t / 2 * width + i, _mm512_permutex2var_epi16(above, low, below));
-                _mm512_storeu_si512(to + t / 2 * width + i + 16, _mm512_permutex2var_epi16(above, high, below));
+                _mm512_storeu_si512(to(t / 2, i), _mm512_permutex2var_epi16(above, low, below));
+                _mm512_storeu_si512(to(t / 2, i + 16), _mm512_permutex2var_epi16(above, high, below));
                 i += 16;
                 continue;
             }
             const __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(size - i), from + t * stride + i));
             __m512i other = _mm512_setzero_si512();
             if (t + 1 < count) other = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(size - i), from + (t + 1) * stride + i));
-            _mm512_storeu_si512(to + t / 2 * width + i, _mm512_or_si512(one, _mm512_slli_epi32(other, 16)));
+            _mm512_storeu_si512(to(t / 2, i), _mm512_or_si512(one, _mm512_slli_epi32(other, 16)));
         }
+    }
 }
 
 // to[j, i] = from[i, j]: 16 x 16 pairs, of which `rows` rows of `numbers` numbers are there.
@@ -89,7 +96,7 @@ inline void turned(const bf16 *from, int64_t row, int64_t rows, int64_t numbers,
 // A panel of b: `depth` numbers from `from` on, as pairs, rows of `width` columns of which `columns` are there; zeros up to 32 numbers.
 inline void lay_out(const bf16 *from, int64_t row, bool in_columns, int64_t depth, int64_t columns, pair *to, int64_t width) {
     if (!in_columns) {
-        paired_rows(from, row, to, width, depth, columns);
+        paired_rows(from, row, width, depth, columns, [=](int64_t t, int64_t i) { return to + t * width + i; });
         for (int64_t t = (depth + 1) / 2; t % 16 != 0; t++) std::memset(to + t * width, 0, 4 * width);
         return;
     }
