@@ -18,11 +18,13 @@ from torch import Tensor
 from sartor.kernels.matmul import product
 from sartor.kernels.native import library, operator
 
-CHUNK_BYTES = 32 * 2**20
-"""Logits of a chunk. Fewer rows make the products slower (the head's weight is read once a chunk, its gradient written), more
-fall out of the cache. A head that trains gets twice as many."""
+CHUNK_BYTES = 96 * 2**20
+"""Logits of a chunk. Fewer rows make the products slower: the head's weight is read, and laid out for them, once a chunk, and its
+gradient written. A head that trains gets twice as many; gradients of several chunks take another matrix to be summed in."""
 FEWEST_ROWS = 256
 MOST_ROWS = 1024
+WHOLE = 32
+"""Numbers that a row of logits is a multiple of: lines of a cache, which products write and read whole."""
 PRODUCT_ROWS = 8192
 """Of the head's gradient, computed at once."""
 
@@ -153,7 +155,7 @@ class Extent:
 
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and formats of what lies in the workspace, one behind the other."""
-        logits = min(self.chunk_rows, self.rows), self.vocabulary
+        logits = min(self.chunk_rows, self.rows), -(-self.vocabulary // WHOLE) * WHOLE
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         parts |= {"losses": ((self.rows,), torch.float32), "logits": (logits, self.compute)}
         if self.sums is not None:
@@ -203,7 +205,7 @@ def _chunks(
         parts["bias"].zero_()
     for first in range(0, extent.rows, rows):
         chunk = slice(first, min(first + rows, extent.rows))
-        hidden_CH, logits_CV = hidden_NH[chunk], parts["logits"][: min(rows, extent.rows - first)]
+        hidden_CH, logits_CV = hidden_NH[chunk], parts["logits"][: min(rows, extent.rows - first), : extent.vocabulary]
         product(hidden_CH, weight_VH.t(), logits_CV, bias_V)
         parts["losses"][chunk] = _cross_entropy(logits_CV, targets_N[chunk], scale, cap, factor if wanted else 0.0)
         if to_hidden_NH is not None:
@@ -259,13 +261,13 @@ def _product(gradient_CV: Tensor, hidden_CH: Tensor, result_VH: Tensor) -> None:
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, scale: float, cap: float, factor: float) -> Tensor:
     """Loss of every row, in float32; the logits become their gradient times `factor`, but where that is 0."""
-    native = library() if logits_CV.is_cpu and logits_CV.is_contiguous() else None
+    native = library() if logits_CV.is_cpu and logits_CV.stride(1) == 1 else None
     if native is None or logits_CV.dtype not in (torch.float32, torch.bfloat16):
         return _cross_entropy_by_operators(logits_CV, targets_C, scale, cap, factor)
     losses_C = torch.empty(len(logits_CV), dtype=torch.float32)
     kernel = native.cross_entropy_bf16 if logits_CV.dtype == torch.bfloat16 else native.cross_entropy_f32
     targets_C = targets_C.contiguous()
-    where, width = (logits_CV.data_ptr(), len(logits_CV)), logits_CV.shape[1]
+    where, width = (logits_CV.data_ptr(), *logits_CV.stride()[:1], len(logits_CV)), logits_CV.shape[1]
     failed = kernel(*where, width, targets_C.data_ptr(), losses_C.data_ptr(), scale, cap, factor, torch.get_num_threads())
     if failed & 1:
         raise MemoryError("no memory for a row of logits")

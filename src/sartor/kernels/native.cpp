@@ -59,8 +59,8 @@ float cross_entropy_row(T *x, float *row, int64_t width, int64_t target, float s
 
 // 0, or 1 where there is no memory, 2 where a target is none of the row's places.
 template <class T>
-int cross_entropy(T *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
-                  float factor, int threads) {
+int cross_entropy(T *logits, int64_t stride, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale,
+                  float cap, float factor, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -69,7 +69,7 @@ int cross_entropy(T *logits, int64_t rows, int64_t width, const int64_t *targets
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++)
             if (targets[r] < 0 || targets[r] >= width) failed |= 2;
-            else if (row) losses[r] = cross_entropy_row(logits + r * width, row.get(), width, targets[r], scale, cap, factor);
+            else if (row) losses[r] = cross_entropy_row(logits + r * stride, row.get(), width, targets[r], scale, cap, factor);
     }
     return failed;
 }
@@ -115,14 +115,14 @@ extern "C" {
 
 int64_t block() { return BLOCK; }
 
-int cross_entropy_bf16(bf16 *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
-                       float factor, int threads) {
-    return cross_entropy(logits, rows, width, targets, losses, scale, cap, factor, threads);
+int cross_entropy_bf16(bf16 *logits, int64_t stride, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale,
+                       float cap, float factor, int threads) {
+    return cross_entropy(logits, stride, rows, width, targets, losses, scale, cap, factor, threads);
 }
 
-int cross_entropy_f32(float *logits, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale, float cap,
-                      float factor, int threads) {
-    return cross_entropy(logits, rows, width, targets, losses, scale, cap, factor, threads);
+int cross_entropy_f32(float *logits, int64_t stride, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale,
+                      float cap, float factor, int threads) {
+    return cross_entropy(logits, stride, rows, width, targets, losses, scale, cap, factor, threads);
 }
 
 // total += part, in float32.

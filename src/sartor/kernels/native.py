@@ -178,7 +178,7 @@ class Rates(ctypes.Structure):
 def _declare(loaded: ctypes.CDLL) -> None:
     at, many, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for kind in ("bf16", "f32"):
-        _set(loaded, f"cross_entropy_{kind}", (at, many, many, at, at, real, real, real, flag), flag)
+        _set(loaded, f"cross_entropy_{kind}", (at, many, many, many, at, at, real, real, real, flag), flag)
         _set(loaded, f"squares_{kind}", (at, many, at, flag))
         _set(loaded, f"adamw_{kind}", (at, at, at, at, at, many, ctypes.POINTER(Rates), flag))
         _set(loaded, f"rms_norm_{kind}", (at, at, at, at, many, many, real, real, flag))
