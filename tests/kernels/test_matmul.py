@@ -59,7 +59,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         (1100, 80, 33),
         (3, 530, 9),
         (50, 200, 1024),  # rows so far apart that they meet in a cache: other strips of tiles
-        (35, 130, 4096),
+        (35, 1570, 4096),  # and wide panels
         (20, 40, 2048),
     ],
 )

@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t HIGH = 16, STEP = 32, PAIR = 2 * HIGH;  // a tile's rows, numbers summed over at a time, rows or columns of two tiles
+constexpr int64_t MOST_COLUMNS = 192;                      // of a panel
 constexpr int64_t MEETING = 2048;                          // bytes: rows so far apart have two places in the first cache for all
 
 // Whether the system lets this process have the tiles, which it has to ask for.
@@ -213,7 +214,7 @@ inline void lay_out_strips(const problem &of, const bf16 *from, int64_t row, int
             lay_out(from + j * row, row, true, depth, columns - j < width ? columns - j : width, to + j * all / 2, width);
         return;
     }
-    pair *places[6];
+    pair *places[MOST_COLUMNS / HIGH];
     for (int64_t i = 0; i < panel; i += HIGH) places[i / HIGH] = to + i / width * width * all / 2 + i % width;
     paired_rows(from, row, panel, depth, columns, [&](int64_t t, int64_t i) { return places[i / HIGH] + t * width; });
     for (int64_t t = (depth + 1) / 2; t < all / 2; t++)

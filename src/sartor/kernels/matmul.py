@@ -25,12 +25,12 @@ LEAST_ROWS = 16
 """Of a linear layer's input; with fewer, laying out the weight is most of the work."""
 _STEP = 32
 _MOST_DEPTH = 2048
-"""Numbers summed over with a panel of b in the second cache: 256 or 384 KiB."""
+"""Numbers summed over with a panel of b in the second cache: 256 to 768 KiB."""
 _TASK_ROWS = 1008
 _PACKED_BYTES = 4 * 2**20
 """Of rows that do not lie in memory one behind the other, laid out at a time."""
 _PIECES = 4
-"""Of work for each thread, at least: what one leaves, another takes."""
+"""Of work for each thread, at least: what one leaves, another takes. Two are enough if panels are twice as wide for that."""
 
 
 class _Problem(ctypes.Structure):
@@ -123,10 +123,13 @@ class _Blocks:
     @classmethod
     def of(cls, m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
         panel, group, step = (96, 32, _STEP) if has_tiles() else (64, 12, 2)
+        pieces = _PIECES * torch.get_num_threads()
+        if has_tiles() and n >= panel * pieces:  # longer parts of rows are laid out together, which memory gives faster
+            panel, pieces = 2 * panel, pieces // 2
         rows = m
         if turned:  # rows of a are laid out first, some thousand at a time
             rows = min(_up(m, group), max(_PACKED_BYTES // (2 * _up(k, step)) // group, 1) * group)
-        pieces = max(-(-_PIECES * torch.get_num_threads() // -(-n // panel)), -(-rows // _TASK_ROWS))
+        pieces = max(-(-pieces // -(-n // panel)), -(-rows // _TASK_ROWS))
         task_rows = max(_up(-(-rows // pieces), group), group)
         depth = min(_up(k, _STEP), _MOST_DEPTH)
         return cls(
