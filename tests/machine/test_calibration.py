@@ -356,4 +356,4 @@ def test_the_clock_takes_what_a_call_typically_takes(monkeypatch: pytest.MonkeyP
 
 
 def test_version_is_in_the_file(measured: Calibration) -> None:
-    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 8
+    assert measured.to_mapping()["version"] == module.CALIBRATION_VERSION == 9

@@ -109,6 +109,7 @@ def _is_turned(matrix: Tensor) -> bool:
 class _Blocks:
     """How a product is cut: columns that are laid out together, what a task is, and the memory beside the result."""
 
+    threads: int
     panel: int
     depth: int
     task_rows: int
@@ -118,13 +119,18 @@ class _Blocks:
 
     @property
     def room_bytes(self) -> int:
-        return torch.get_num_threads() * self.thread_bytes + self.packed_bytes
+        return self.threads * self.thread_bytes + self.packed_bytes
 
-    @classmethod
-    def of(cls, m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
-        panel, group, step = (96, 32, _STEP) if has_tiles() else (64, 12, 2)
-        pieces = _PIECES * torch.get_num_threads()
-        if has_tiles() and n >= panel * pieces:  # longer parts of rows are laid out together, which memory gives faster
+    @staticmethod
+    def of(m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
+        return _Blocks._of(m, n, k, more_k, turned, torch.get_num_threads(), has_tiles())
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def _of(m: int, n: int, k: int, more_k: int, turned: bool, threads: int, tiles: bool) -> _Blocks:
+        panel, group, step = (96, 32, _STEP) if tiles else (64, 12, 2)
+        pieces = _PIECES * threads
+        if tiles and n >= panel * pieces:  # longer parts of rows are laid out together, which memory gives faster
             panel, pieces = 2 * panel, pieces // 2
         rows = m
         if turned:  # rows of a are laid out first, some thousand at a time
@@ -132,7 +138,8 @@ class _Blocks:
         pieces = max(-(-pieces // -(-n // panel)), -(-rows // _TASK_ROWS))
         task_rows = max(_up(-(-rows // pieces), group), group)
         depth = min(_up(k, _STEP), _MOST_DEPTH)
-        return cls(
+        return _Blocks(
+            threads=threads,
             panel=panel,
             depth=depth,
             task_rows=task_rows,
@@ -167,7 +174,7 @@ def _matmul(
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
     problem = _Problem(
         *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)),
-        torch.get_num_threads(), blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
+        blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
     )  # fmt: skip
     loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
 

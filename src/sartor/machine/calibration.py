@@ -26,8 +26,8 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 8
-"""Of the file; raised when a measurement changes its meaning. Files of other versions are not read."""
+CALIBRATION_VERSION = 9
+"""Of the file; raised when a measurement changes its meaning, or what is measured its speed. Files of other versions are not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
