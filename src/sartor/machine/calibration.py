@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
 CALIBRATION_VERSION = 9
-"""Of the file; raised when a measurement changes its meaning, or what it measures its speed. Files of other versions are not read."""
+"""Of the file; raised when what a measurement means changes, or its speed. Files of other versions are not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
