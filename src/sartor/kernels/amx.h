@@ -93,23 +93,31 @@ inline void begin_sums() {
     if (TALL > 1 && WIDE > 1) _tile_zero(3);
 }
 
-template <int TALL, int WIDE>
-inline void load_sums(const float *from, int64_t row) {
-    written();
-    _tile_loadd(0, from, 4 * row);
-    if (WIDE > 1) _tile_loadd(1, from + HIGH, 4 * row);
-    if (TALL > 1) _tile_loadd(2, from + HIGH * row, 4 * row);
-    if (TALL > 1 && WIDE > 1) _tile_loadd(3, from + HIGH * row + HIGH, 4 * row);
-    if (WIDE > 2) _tile_loadd(2, from + 2 * HIGH, 4 * row);
+// One of the tiles of sums from memory or to it. An instruction names its tile, so there is one for each.
+template <bool LOADS>
+inline __attribute__((always_inline)) void move_sum(int tile, float *at, int64_t bytes) {
+    if (LOADS) {
+        if (tile == 0) _tile_loadd(0, at, bytes);
+        if (tile == 1) _tile_loadd(1, at, bytes);
+        if (tile == 2) _tile_loadd(2, at, bytes);
+        if (tile == 3) _tile_loadd(3, at, bytes);
+        return;
+    }
+    if (tile == 0) _tile_stored(0, at, bytes);
+    if (tile == 1) _tile_stored(1, at, bytes);
+    if (tile == 2) _tile_stored(2, at, bytes);
+    if (tile == 3) _tile_stored(3, at, bytes);
 }
 
-template <int TALL, int WIDE>
-inline void store_sums(float *to, int64_t row) {
-    _tile_stored(0, to, 4 * row);
-    if (WIDE > 1) _tile_stored(1, to + HIGH, 4 * row);
-    if (TALL > 1) _tile_stored(2, to + HIGH * row, 4 * row);
-    if (TALL > 1 && WIDE > 1) _tile_stored(3, to + HIGH * row + HIGH, 4 * row);
-    if (WIDE > 2) _tile_stored(2, to + 2 * HIGH, 4 * row);
+// All of them: LOADS, or they are stored.
+template <int TALL, int WIDE, bool LOADS>
+inline void move_sums(float *at, int64_t row) {
+    if (LOADS) written();
+    move_sum<LOADS>(0, at, 4 * row);
+    if (WIDE > 1) move_sum<LOADS>(1, at + HIGH, 4 * row);
+    if (TALL > 1) move_sum<LOADS>(2, at + HIGH * row, 4 * row);
+    if (TALL > 1 && WIDE > 1) move_sum<LOADS>(3, at + HIGH * row + HIGH, 4 * row);
+    if (WIDE > 2) move_sum<LOADS>(2, at + 2 * HIGH, 4 * row);
 }
 
 // The next step of 32 rows.
@@ -181,12 +189,12 @@ inline void strip(const problem &of, const tile_factors &all, const tile_factors
                   int64_t width, int64_t row, int64_t column, const results &to, float *kept) {
     constexpr int64_t WIDTH = WIDE * HIGH;
     if (to.begins) begin_sums<TALL, WIDE>();
-    else load_sums<TALL, WIDE>(kept, width);
+    else move_sums<TALL, WIDE, true>(kept, width);
     sum_tiles<TALL, WIDE, true>(all, panel, width);
-    if (!to.ends) return store_sums<TALL, WIDE>(kept, width);
+    if (!to.ends) return move_sums<TALL, WIDE, false>(kept, width);
     if (of.more_k > 0) sum_tiles<TALL, WIDE, false>(more, more_panel, width);
     alignas(64) float sums[TALL * HIGH * WIDTH];
-    store_sums<TALL, WIDE>(sums, WIDTH);
+    move_sums<TALL, WIDE, false>(sums, WIDTH);
     if (of.scale != 1.0f || to.bias != nullptr || of.c_turned || to.columns - column < WIDTH) {
         for (int64_t i = 0; i < all.rows; i++)
             for (int64_t j = 0; j < WIDTH; j += HIGH) finish(of, to, _mm512_load_ps(sums + i * WIDTH + j), row + i, column + j);

@@ -18,10 +18,10 @@ namespace {
 
 template <int TALL, int WIDE>
 inline void tiles_of(const tile_factors &of, const pair *b, int64_t b_row, float *c, int64_t c_row, bool more) {
-    if (more) load_sums<TALL, WIDE>(c, c_row);
+    if (more) move_sums<TALL, WIDE, true>(c, c_row);
     else begin_sums<TALL, WIDE>();
     sum_tiles<TALL, WIDE, false>(of, b, b_row);
-    store_sums<TALL, WIDE>(c, c_row);
+    move_sums<TALL, WIDE, false>(c, c_row);
 }
 
 // c = a b or c += a b, b in pairs. Rows and columns are multiples of 16; `depth`, of 32, numbers are summed over.
