@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sartor.kernels import lora
 from sartor.kernels.fuse import fuse, unfuse
-from sartor.kernels.lora import MOST_RANK, lora_linear, lora_of
+from sartor.kernels.lora import MOST_RANK, Layer, lora_linears, lora_of
 from sartor.kernels.native import products_library
 
 pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
@@ -40,7 +40,7 @@ def test_it_is_the_layer_and_its_adapter(dtype: torch.dtype, rows: int, inside: 
     x, weight, a, b = normal(2, rows, inside), normal(outside, inside), normal(rank, inside), normal(outside, rank)
     constant = normal(outside) if bias else None
     inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
-    found = lora_linear(x, weight, a, b, bias=constant, scale=2.0)
+    (found,) = lora_linears(x, [Layer(weight, constant, a, b, 2.0)])
     gradient = normal(2, rows, outside)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     low = F.linear(F.linear(exact[0], exact[1]), exact[2]) * 2.0
@@ -96,3 +96,101 @@ def test_the_first_layer_asks_for_no_gradient_of_its_input() -> None:
 def test_other_adapters_are_left_to_peft(options: dict[str, object]) -> None:
     model = adapted(**{"r": 4, **options})
     assert all(lora_of(module) is None for module in model.modules())
+
+
+class Attention(nn.Module):
+    """Of a decoder, as far as its layers are concerned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(24, 48), nn.Linear(24, 16), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return torch.cat([queries, keys, values], -1)
+
+
+class Crossed(Attention):
+    """Keys and values of something else."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)], -1)
+
+
+def attentions(kind: type[Attention], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """With adapters; the same, left as PEFT has it."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(kind()), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model.train(), copy.deepcopy(model).train()
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    (model(x).float() ** 2).sum().backward()
+    trained = {name: parameter.grad.float() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"x": x.grad.float(), **trained}  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_layers_with_one_input_are_one_function(dtype: torch.dtype, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, usual = attentions(Attention, dtype)
+    seen = []
+    computed = lora.lora_linears
+    monkeypatch.setattr(lora, "lora_linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
+    fuse(model)
+    x = torch.randn(40, 24).to(dtype)
+    found, wanted = gradients(model, x), gradients(usual, x)
+    assert seen == [3]
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        assert (found[name] - one).norm() <= least * one.norm(), name
+    unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_that_may_have_other_inputs_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, usual = attentions(Crossed, torch.float32)
+    seen = []
+    computed = lora.lora_linears
+    monkeypatch.setattr(lora, "lora_linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
+    fuse(model)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), usual(x))
+    assert seen == [1, 1, 1]
+
+
+def test_a_layer_with_a_hook_is_computed_when_it_is_called() -> None:
+    model, usual = attentions(Attention, torch.float32)
+    fuse(model)
+    attention = model.base_model.model[0]  # type: ignore[union-attr, index]
+    order: list[str] = []
+    weight = attention.k_proj.base_layer.weight  # type: ignore[union-attr]
+
+    def fetch(*_: object) -> None:
+        weight.data.zero_()
+
+    attention.k_proj.register_forward_pre_hook(fetch)  # type: ignore[union-attr]
+    attention.k_proj.register_forward_hook(lambda *_: order.append("keys"))  # type: ignore[union-attr]
+    usual.base_model.model[0].k_proj.base_layer.weight.data.zero_()  # type: ignore[union-attr, index]
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), usual(x))
+    assert order == ["keys"]
+
+
+def test_nothing_is_kept_of_a_pass_that_fails() -> None:
+    model, _ = attentions(Attention, torch.float32)
+    fuse(model)
+    attention = model.base_model.model[0]  # type: ignore[union-attr, index]
+    handle = attention.v_proj.register_forward_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
+    siblings = attention.forward.func.__self__  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randn(5, 24))
+    assert siblings.given is None
+    assert not siblings.made
+    handle.remove()
+    assert model(torch.randn(5, 24)).shape == (5, 80)

@@ -183,6 +183,25 @@ inline void sum_tiles(tile_factors of, const pair *panel, int64_t width) {
     }
 }
 
+template <int TALL, int WIDE, bool SOON = false>
+inline void tiles_of(const tile_factors &of, const pair *b, int64_t b_row, float *c, int64_t c_row, bool more) {
+    if (more) move_sums<TALL, WIDE, true>(c, c_row);
+    else begin_sums<TALL, WIDE>();
+    sum_tiles<TALL, WIDE, SOON>(of, b, b_row);
+    move_sums<TALL, WIDE, false>(c, c_row);
+}
+
+// c = a b or c += a b, b in pairs. Rows and columns are multiples of 16; `depth`, of 32, numbers are summed over.
+inline void multiply(const bf16 *a, int64_t a_row, const pair *b, int64_t b_row, float *c, int64_t c_row, int64_t rows,
+                     int64_t columns, int64_t depth, bool more) {
+    for (int64_t i = 0; i < rows; i += PAIR)
+        for (int64_t j = 0; j < columns; j += PAIR) {
+            const bool tall = rows - i > HIGH, wide = columns - j > HIGH;
+            const auto run = tall ? (wide ? tiles_of<2, 2> : tiles_of<2, 1>) : wide ? tiles_of<1, 2> : tiles_of<1, 1>;
+            run({a + i * a_row, a_row, STEP, HIGH * a_row, tall ? PAIR : HIGH, depth}, b + j, b_row, c + i * c_row + j, c_row, more);
+        }
+}
+
 // Rows from `row` on, seen from the first packed one, of 16 * WIDE columns. Rows of the panel are `width` pairs.
 template <int TALL, int WIDE>
 inline void strip(const problem &of, const tile_factors &all, const tile_factors &more, const pair *panel, const pair *more_panel,
@@ -195,7 +214,7 @@ inline void strip(const problem &of, const tile_factors &all, const tile_factors
     if (of.more_k > 0) sum_tiles<TALL, WIDE, false>(more, more_panel, width);
     alignas(64) float sums[TALL * HIGH * WIDTH];
     move_sums<TALL, WIDE, false>(sums, WIDTH);
-    if (of.scale != 1.0f || to.bias != nullptr || of.c_turned || to.columns - column < WIDTH) {
+    if (of.scale != 1.0f || to.bias != nullptr || of.c_turned || of.adds || to.columns - column < WIDTH) {
         for (int64_t i = 0; i < all.rows; i++)
             for (int64_t j = 0; j < WIDTH; j += HIGH) finish(of, to, _mm512_load_ps(sums + i * WIDTH + j), row + i, column + j);
         return;

@@ -16,25 +16,6 @@
 
 namespace {
 
-template <int TALL, int WIDE>
-inline void tiles_of(const tile_factors &of, const pair *b, int64_t b_row, float *c, int64_t c_row, bool more) {
-    if (more) move_sums<TALL, WIDE, true>(c, c_row);
-    else begin_sums<TALL, WIDE>();
-    sum_tiles<TALL, WIDE, false>(of, b, b_row);
-    move_sums<TALL, WIDE, false>(c, c_row);
-}
-
-// c = a b or c += a b, b in pairs. Rows and columns are multiples of 16; `depth`, of 32, numbers are summed over.
-inline void multiply(const bf16 *a, int64_t a_row, const pair *b, int64_t b_row, float *c, int64_t c_row, int64_t rows,
-                     int64_t columns, int64_t depth, bool more) {
-    for (int64_t i = 0; i < rows; i += PAIR)
-        for (int64_t j = 0; j < columns; j += PAIR) {
-            const bool tall = rows - i > HIGH, wide = columns - j > HIGH;
-            const auto run = tall ? (wide ? tiles_of<2, 2> : tiles_of<2, 1>) : wide ? tiles_of<1, 2> : tiles_of<1, 1>;
-            run({a + i * a_row, a_row, STEP, HIGH * a_row, tall ? PAIR : HIGH, depth}, b + j, b_row, c + i * c_row + j, c_row, more);
-        }
-}
-
 // Memory of one thread, and its tiles. `t`: transposed; `pairs`: of rows.
 struct tile_scratch {
     int64_t room = 0, width, value_width;

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
-from sartor.kernels.lora import lora_of
+from sartor.kernels.lora import lora_of, together
 from sartor.kernels.matmul import linear_of
 from sartor.kernels.native import library
 
@@ -76,13 +76,16 @@ def fuse(model: nn.Module) -> dict[str, int]:
             if forward is not None:
                 module.forward = forward
                 found[part] += 1
+    for module in model.modules():
+        if _takes_one_input(module):
+            _Siblings(module)
     return dict(found)
 
 
 def unfuse(model: nn.Module) -> None:
     """The modules' own code again, as others will run it: equal to a bit with what they load."""
     for module in model.modules():
-        if any(of(module) is not None for of in _PARTS.values()):
+        if any(of(module) is not None for of in _PARTS.values()) or _takes_one_input(module):
             vars(module).pop("forward", None)
 
 
@@ -129,7 +132,8 @@ def _mlp_of(module: Any) -> Callable[..., Tensor] | None:
 
 
 def _run_mlp(module: Any, x: Tensor) -> Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
+    layers = module.gate_proj, module.up_proj
+    gate, up = together(layers, [vars(layer).get("forward") for layer in layers], x) or (layer(x) for layer in layers)
     inner = silu_mul(gate, up) if suited(gate, up) else module.act_fn(gate) * up
     result: Tensor = module.down_proj(inner)
     return result
@@ -169,6 +173,64 @@ def _with_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     )
     bound.__kwdefaults__ = forward.__kwdefaults__
     return functools.update_wrapper(bound, forward)
+
+
+_SIBLINGS = "q_proj", "k_proj", "v_proj"
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Whether the layers of an attention's queries, keys and values have adapters and are called with the same, one by one."""
+    layers = [getattr(module, name, None) for name in _SIBLINGS]
+    return all(layer is not None and lora_of(layer) is not None for layer in layers) and _calls_alike(type(module).forward)
+
+
+@functools.cache
+def _calls_alike(forward: Callable[..., Any]) -> bool:
+    try:
+        tree = ast.parse(_source(forward))
+    except (SyntaxError, ValueError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _sibling(node.func)]
+    names, written = (
+        {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+        for kind in (ast.Load, ast.Store)
+    )
+    given = {ast.unparse(call).partition("(")[2].removesuffix(")") for call in calls}
+    alike = len(given) == 1 and given <= names - written
+    return alike and sorted(_sibling(call.func) for call in calls) == sorted(_SIBLINGS)
+
+
+def _sibling(function: ast.expr) -> str:
+    """The name of a layer that is called as `self.name`."""
+    own = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self"
+    return function.attr if own and function.attr in _SIBLINGS else ""  # type: ignore[attr-defined]
+
+
+class _Siblings:
+    """Layers with adapters that an attention calls one after the other with the same input: the first call computes all."""
+
+    def __init__(self, attention: Any) -> None:
+        self.layers = [getattr(attention, name) for name in _SIBLINGS]
+        self.forwards = [layer.forward for layer in self.layers]
+        self.given: Tensor | None = None
+        self.made: dict[int, Tensor] = {}
+        attention.forward = functools.partial(self._attend, attention.forward)
+        for number, layer in enumerate(self.layers):
+            layer.forward = functools.partial(self._layer, number)
+
+    def _attend(self, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        try:
+            return forward(*args, **named)
+        finally:  # nothing is kept of a pass that failed
+            self.given, self.made = None, {}
+
+    def _layer(self, number: int, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        if self.given is not x and not args and not named:
+            self.given, self.made = x, dict(enumerate(together(self.layers, self.forwards, x) or ()))
+        if self.given is x and number in self.made and not args and not named:
+            return self.made.pop(number)
+        usual: Tensor = self.forwards[number](x, *args, **named)
+        return usual
 
 
 _PARTS: dict[str, Callable[[Any], Callable[..., Any] | None]] = {

@@ -16,9 +16,8 @@ template <>
 inline float rounded<float>(float value) { return value; }
 template <>
 inline float rounded<bf16>(float value) {
-    bf16 kept;
-    store(&kept, value);
-    return load(&kept);
+    const uint32_t bits = bits_of(value);  // what is not a number comes from bf16, and stays what it is
+    return of_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
 }
 
 // One row of y = w * (x / rms(x)), or with `offset` 1 the models that keep w - 1. Returns 1 / rms.
@@ -29,11 +28,9 @@ float norm_row(const T *x, const T *w, T *y, int64_t width, float epsilon, float
     for (int64_t i = 0; i < width; i++) sum += load(x + i) * load(x + i);
     const float r = 1.0f / sqrtf(sum / width + epsilon);
     if (offset == 0.0f) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) store(y + i, load(w + i) * rounded<T>(load(x + i) * r));
+        store_each(y, width, [=](int64_t i) { return load(w + i) * rounded<T>(load(x + i) * r); });
     } else {
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) store(y + i, (load(w + i) + offset) * (load(x + i) * r));
+        store_each(y, width, [=](int64_t i) { return (load(w + i) + offset) * (load(x + i) * r); });
     }
     return r;
 }
@@ -62,9 +59,7 @@ int norm_backward(const T *g, const T *x, const T *w, const float *r, T *dx, flo
 #pragma omp simd reduction(+ : dot)
             for (int64_t i = 0; i < width; i++) dot += load(gn + i) * (load(w + i) + offset) * load(xn + i);
             const float pull = dot * rn * rn / width;
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++)
-                store(dn + i, rn * (load(gn + i) * (load(w + i) + offset) - load(xn + i) * pull));
+            store_each(dn, width, [=](int64_t i) { return rn * (load(gn + i) * (load(w + i) + offset) - load(xn + i) * pull); });
             if (dw == nullptr) continue;
             float *sum = sums.get() + part * width;
 #pragma omp simd
@@ -81,22 +76,30 @@ inline float sigmoid(float x) {
     return x < 0.0f ? e * s : s;
 }
 
+constexpr int64_t AT_ONCE = 1024;  // numbers, of one thread
+
 template <class T>
 void gated(const T *gate, const T *up, T *y, int64_t count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
-    for (int64_t i = 0; i < count; i++) {
-        const float a = load(gate + i);
-        store(y + i, rounded<T>(a * sigmoid(a)) * load(up + i));
-    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t at = 0; at < count; at += AT_ONCE)
+        store_each(y + at, count - at < AT_ONCE ? count - at : AT_ONCE, [=](int64_t i) {
+            const float a = load(gate + at + i);
+            return rounded<T>(a * sigmoid(a)) * load(up + at + i);
+        });
 }
 
 template <class T>
 void gated_backward(const T *g, const T *gate, const T *up, T *dgate, T *dup, int64_t count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
-    for (int64_t i = 0; i < count; i++) {
-        const float a = load(gate + i), s = sigmoid(a), b = load(up + i), d = load(g + i);
-        store(dup + i, d * rounded<T>(a * s));
-        store(dgate + i, d * b * (s * (1.0f + a * (1.0f - s))));
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
+    for (int64_t at = 0; at < count; at += AT_ONCE) {
+        const int64_t some = count - at < AT_ONCE ? count - at : AT_ONCE;
+        float s[AT_ONCE];
+#pragma omp simd
+        for (int64_t i = 0; i < some; i++) s[i] = sigmoid(load(gate + at + i));
+        store_each(dup + at, some, [=, &s](int64_t i) { return load(g + at + i) * rounded<T>(load(gate + at + i) * s[i]); });
+        store_each(dgate + at, some, [=, &s](int64_t i) {
+            return load(g + at + i) * load(up + at + i) * (s[i] * (1.0f + load(gate + at + i) * (1.0f - s[i])));
+        });
     }
 }
 
@@ -113,20 +116,15 @@ void turn(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + (n * heads + h) * size;
             T *to = y + (n * heads + h) * size;
+            const T *also = from + half;
             if (back) {
-#pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    const float a = load(from + i), b = load(from + half + i);
-                    store(to + i, a * load(c + i) + b * load(s + half + i));
-                    store(to + half + i, b * load(c + half + i) - a * load(s + i));
-                }
+                store_each(to, half, [=](int64_t i) { return load(from + i) * load(c + i) + load(also + i) * load(s + half + i); });
+                store_each(to + half, half, [=](int64_t i) { return load(also + i) * load(c + half + i) - load(from + i) * load(s + i); });
             } else {
-#pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    const float a = load(from + i), b = load(from + half + i);
-                    store(to + i, a * load(c + i) - b * load(s + i));
-                    store(to + half + i, b * load(c + half + i) + a * load(s + half + i));
-                }
+                store_each(to, half, [=](int64_t i) { return load(from + i) * load(c + i) - load(also + i) * load(s + i); });
+                store_each(to + half, half, [=](int64_t i) {
+                    return load(also + i) * load(c + half + i) + load(from + i) * load(s + half + i);
+                });
             }
         }
     }

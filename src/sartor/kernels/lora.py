@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from sartor.kernels.fused import FORMATS, suited
 from sartor.kernels.matmul import multiply, takes
 from sartor.kernels.native import operator, products_library
+from sartor.kernels.thin import gradient, narrow, narrow_and_gradient
 
 MOST_RANK = 64
 """Above it general products are as good."""
@@ -53,80 +54,142 @@ def lora_of(module: Any) -> Callable[..., Tensor] | None:
 
 
 def _run(module: Any, name: str, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    layer, a, b = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
-    usual = bool(args or named) or module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type)
-    if usual or not suited(x, layer.weight, a, b):
+    layer = None if args or named else _ready((module, name), x)
+    if layer is None:
         result: Tensor = type(module).forward(module, x, *args, **named)
         return result
-    return lora_linear(x, layer.weight, a, b, bias=layer.bias, scale=float(module.scaling[name]))
+    return lora_linears(x, [layer])[0]
 
 
-def lora_linear(
-    x: Tensor, weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, *, bias: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """x W^T + bias + scale (x A^T) B^T for x … K, one of the formats of `fused.suited`; W and bias get no gradient."""
-    result: Tensor = _LoRALinear.apply(x, weight_NK, bias, a_RK, b_NR, scale)  # type: ignore[no-untyped-call]
+def together(modules: Sequence[Any], forwards: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+    """What these modules make of `x`, in one function; None where it cannot be. `forwards`: theirs, of `lora_of`."""
+    if not all(getattr(forward, "func", None) is _run for forward in forwards) or any(map(_hooks, modules)):
+        return None
+    layers = [layer for forward in forwards if (layer := _ready(forward.args, x)) is not None]
+    return lora_linears(x, layers) if len(layers) == len(forwards) else None
+
+
+def _hooks(module: nn.Module) -> bool:
+    kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, kinds))
+
+
+def _ready(of: tuple[Any, str], x: Tensor) -> Layer | None:
+    """The module's layer and adapter, where nothing keeps them from being one function now."""
+    module, name = of
+    layer, a, b = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
+    usual = module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type)
+    if usual or not suited(x, layer.weight, a, b):
+        return None
+    return Layer(layer.weight, layer.bias, a, b, float(module.scaling[name]))
+
+
+class Layer(NamedTuple):
+    """A frozen layer, and its adapter."""
+
+    weight_NK: Tensor
+    bias_N: Tensor | None
+    a_RK: Tensor
+    b_NR: Tensor
+    scale: float = 1.0
+
+
+def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """x W^T + bias + scale (x A^T) B^T of each layer for x … K, one of the formats of `fused.suited`; W and bias get no
+    gradient."""
+    result: tuple[Tensor, ...] = _LoRALinears.apply(  # type: ignore[no-untyped-call]
+        x, tuple(layer.scale for layer in layers), *(tensor for layer in layers for tensor in layer[:4])
+    )
     return result
 
 
-class _LoRALinear(torch.autograd.Function):
+def _layers(scales: Sequence[float], tensors: Sequence[Any]) -> list[Layer]:
+    return [Layer(*tensors[4 * i : 4 * i + 4])._replace(scale=scale) for i, scale in enumerate(scales)]
+
+
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tensor:
-        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        layer = _Layer(weight_NK, a_RK, b_NR, scale)
-        y_MN, low_MR = (_in_pairs if takes(weight_NK) else _in_floats)(layer, x_MK, bias)
-        ctx.save_for_backward(x_MK, low_MR, weight_NK, a_RK, b_NR)
-        ctx.scale = scale
-        return y_MN.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x_MK, layers = x.reshape(-1, x.shape[-1]).contiguous(), _layers(scales, tensors)
+        ctx.pairs = all(takes(layer.weight_NK) for layer in layers)
+        y_MNs, lows = (_in_pairs if ctx.pairs else _in_floats)(layers, x_MK)
+        ctx.save_for_backward(x_MK, *lows, *tensors)
+        ctx.scales = scales
+        return tuple(y_MN.view(*x.shape[:-1], -1) for y_MN in y_MNs)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        x_MK, low_MR, weight_NK, a_RK, b_NR = ctx.saved_tensors
-        layer = _Layer(weight_NK, a_RK, b_NR, ctx.scale)
-        gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
-        back = _in_pairs_backward if takes(weight_NK) else _in_floats_backward
-        to_x_MK, *to_ab = back(layer, gradient_MN, x_MK, low_MR, wanted=ctx.needs_input_grad[0])
+        x_MK, *saved = ctx.saved_tensors
+        count = len(ctx.scales)
+        lows, layers = saved[: -4 * count], _layers(ctx.scales, saved[-4 * count :])
+        gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
+        back = _in_pairs_backward if ctx.pairs else _in_floats_backward
+        to_x_MK, to_abs = back(layers, gradients, x_MK, lows, wanted=ctx.needs_input_grad[0])
         to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
-        return to_x, None, None, *to_ab, None
+        return to_x, None, *(tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b))
 
 
-class _Layer(NamedTuple):
-    """The frozen weight, and its adapter."""
-
-    weight_NK: Tensor
-    a_RK: Tensor
-    b_NR: Tensor
-    scale: float
+_Gradients = list[tuple[Tensor, Tensor]]
+"""Of A and B of every layer."""
 
 
-def _in_pairs(layer: _Layer, x_MK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer, and scale x A^T in bfloat16."""
-    low_MR = multiply(x_MK, layer.a_RK.t(), scale=layer.scale)
-    return multiply(x_MK, layer.weight_NK.t(), more=(low_MR, layer.b_NR.t()), bias_N=bias), low_MR
+def _beside(low_MR: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """The layers' columns of what has those of all."""
+    parts: tuple[Tensor, ...] = low_MR.split([len(layer.a_RK) for layer in layers], dim=1)
+    return parts
+
+
+def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and scale x A^T of all of them in bfloat16."""
+    low_MR = x_MK.new_empty(len(x_MK), sum(len(layer.a_RK) for layer in layers))
+    lows = _beside(low_MR, layers)
+    if len({layer.scale for layer in layers}) == 1:  # in one pass over x
+        a_RK = layers[0].a_RK if len(layers) == 1 else torch.cat([layer.a_RK for layer in layers])
+        narrow(x_MK, a_RK.t(), low_MR, scale=layers[0].scale)
+    else:
+        for layer, low in zip(layers, lows, strict=True):
+            narrow(x_MK, layer.a_RK.t(), low, scale=layer.scale)
+    made = [
+        multiply(x_MK, layer.weight_NK.t(), more=(low, layer.b_NR.t()), bias_N=layer.bias_N)
+        for layer, low in zip(layers, lows, strict=True)
+    ]
+    return made, [low_MR]
 
 
 def _in_pairs_backward(
-    layer: _Layer, gradient_MN: Tensor, x_MK: Tensor, low_MR: Tensor, *, wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    to_low_MR = multiply(gradient_MN, layer.b_NR, scale=layer.scale)
-    to_x_MK = multiply(gradient_MN, layer.weight_NK, more=(to_low_MR, layer.a_RK)) if wanted else None
-    to_b_NR = torch.empty_like(layer.b_NR)
-    multiply(low_MR.t(), gradient_MN, to_b_NR.t())
-    return to_x_MK, multiply(to_low_MR.t(), x_MK), to_b_NR
+    layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, lows: Sequence[Tensor], *, wanted: bool
+) -> tuple[Tensor | None, _Gradients]:
+    to_low_MR, to_x_MK = torch.empty_like(lows[0]), None
+    to_a_RK = x_MK.new_empty(to_low_MR.shape[1], x_MK.shape[1])
+    to_b_NRs = [torch.empty_like(layer.b_NR) for layer in layers]
+    each = zip(layers, gradients, _beside(lows[0], layers), _beside(to_low_MR, layers), to_b_NRs, strict=True)
+    for layer, gradient_MN, low, to_low, to_b_NR in each:
+        narrow_and_gradient(gradient_MN, layer.b_NR, to_low, low, to_b_NR.t(), scale=layer.scale)
+        if wanted:
+            to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, more=(to_low, layer.a_RK), adds=to_x_MK is not None)
+    gradient(to_low_MR, x_MK, to_a_RK)
+    return to_x_MK, list(zip(to_a_RK.split([len(layer.a_RK) for layer in layers]), to_b_NRs, strict=True))
 
 
-def _in_floats(layer: _Layer, x_MK: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer, and x A^T in float32."""
-    y_MN = F.linear(x_MK, layer.weight_NK, bias)
-    return y_MN, add_low_rank_(x_MK, layer.a_RK, layer.b_NR, y_MN, layer.scale)
+def _in_floats(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and x A^T of each in float32."""
+    made = [F.linear(x_MK, layer.weight_NK, layer.bias_N) for layer in layers]
+    lows = [add_low_rank_(x_MK, layer.a_RK, layer.b_NR, y_MN, layer.scale) for layer, y_MN in zip(layers, made, strict=True)]
+    return made, lows
 
 
 def _in_floats_backward(
-    layer: _Layer, gradient_MN: Tensor, x_MK: Tensor, low_MR: Tensor, *, wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    to_x_MK = torch.mm(gradient_MN, layer.weight_NK) if wanted else None
-    _, a_RK, b_NR, scale = layer
-    return to_x_MK, *low_rank_backward_(gradient_MN, x_MK, low_MR, a_RK, b_NR, to_x_MK, scale)
+    layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, lows: Sequence[Tensor], *, wanted: bool
+) -> tuple[Tensor | None, _Gradients]:
+    to_x_MK: Tensor | None = None
+    to_abs = []
+    for layer, gradient_MN, low_MR in zip(layers, gradients, lows, strict=True):
+        if wanted and to_x_MK is None:
+            to_x_MK = torch.mm(gradient_MN, layer.weight_NK)
+        elif to_x_MK is not None:
+            to_x_MK.addmm_(gradient_MN, layer.weight_NK)
+        to_abs.append(low_rank_backward_(gradient_MN, x_MK, low_MR, layer.a_RK, layer.b_NR, to_x_MK, layer.scale))
+    return to_x_MK, to_abs
 
 
 def _sizes(x_MK: Tensor, b_NR: Tensor) -> _Sizes:

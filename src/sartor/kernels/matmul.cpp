@@ -2,7 +2,7 @@
 // (AVX-512 BF16) or tiles (AMX, amx.h). Blocks as in Goto & van de Geijn 2008: a panel of b is laid out in pairs and stays in the second cache while rows
 // of a pass over it, a few at a time, with their sums in registers.
 //
-// c = scale (a b + a' b') + bias, a is m x k, b is k x n. The second product is what a low-rank adapter adds: it has the layout
+// c = scale (a b + a' b') + bias, or that is added to c. a is m x k, b is k x n. The second product is what a low-rank adapter adds: it has the layout
 // of the first and a depth of its own.
 
 #include "amx.h"

@@ -39,7 +39,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b", "more_a", "more_b", "bias", "c")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "more_k", "a_row", "b_row", "more_a_row", "more_b_row", "c_row")),
-        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned")),
+        *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned", "adds")),
         *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "panel", "depth", "task_rows", "packed_rows")),
         ("scale", ctypes.c_float),
     )
@@ -76,8 +76,9 @@ def multiply(
     more: tuple[Tensor, Tensor] | None = None,
     bias_N: Tensor | None = None,
     scale: float = 1.0,
+    adds: bool = False,
 ) -> Tensor:
-    """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given.
+    """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given, or added to it.
 
     Matrices are bfloat16, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
     """
@@ -87,7 +88,7 @@ def multiply(
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
         room = a_MK.new_empty(_Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes, dtype=torch.uint8)
-        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale)
+        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds)
     return c_MN
 
 
@@ -162,6 +163,7 @@ def _matmul(
     more_a: Tensor | None,
     more_b: Tensor | None,
     scale: float,
+    adds: bool = False,
 ) -> None:
     loaded = products_library()
     if loaded is None or not multiplies():
@@ -173,15 +175,15 @@ def _matmul(
     places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c))
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
     problem = _Problem(
-        *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)),
+        *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
         blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
     )  # fmt: skip
     loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
 
 
 matmul_ = operator(
-    "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale) "
-    "-> ()",
+    "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale, "
+    "bool adds=False) -> ()",
     _matmul,
     lambda *_: None,
 )

@@ -25,20 +25,21 @@ inline float hyperbolic_tangent(float x) {
 template <class T>
 float cross_entropy_row(T *x, float *row, int64_t width, int64_t target, float scale, float cap, float factor) {
     const float narrow = cap > 0.0f ? scale / cap : 0.0f;
-    if (cap > 0.0f) {
-#pragma omp simd
-        for (int64_t v = 0; v < width; v++) row[v] = cap * hyperbolic_tangent(load(x + v) * narrow);
-    } else {
-#pragma omp simd
-        for (int64_t v = 0; v < width; v++) row[v] = load(x + v) * scale;
-    }
     float top = -INFINITY, sum = 0.0f;
+    if (cap > 0.0f) {
 #pragma omp simd reduction(max : top)
-    for (int64_t v = 0; v < width; v++) top = row[v] > top ? row[v] : top;
-    const float wanted = row[target] - top;
+        for (int64_t v = 0; v < width; v++) {
+            row[v] = cap * hyperbolic_tangent(load(x + v) * narrow);
+            top = row[v] > top ? row[v] : top;
+        }
+    } else {
+#pragma omp simd reduction(max : top)
+        for (int64_t v = 0; v < width; v++) top = load(x + v) * scale > top ? load(x + v) * scale : top;
+    }
+    const float wanted = (cap > 0.0f ? row[target] : load(x + target) * scale) - top;
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = 0; v < width; v++) {
-        row[v] = exponential(row[v] - top);
+        row[v] = exponential((cap > 0.0f ? row[v] : load(x + v) * scale) - top);
         sum += row[v];
     }
     const float loss = logf(sum) - wanted;
@@ -52,8 +53,7 @@ float cross_entropy_row(T *x, float *row, int64_t width, int64_t target, float s
             row[v] *= 1.0f - bent * bent;
         }
     }
-#pragma omp simd
-    for (int64_t v = 0; v < width; v++) store(x + v, row[v] * share);
+    store_each(x, width, [=](int64_t v) { return row[v] * share; });
     return loss;
 }
 
@@ -94,9 +94,9 @@ template <class T>
 void adamw(bf16 *weight, int16_t *residual, const T *gradient, float *first, float *second, int64_t count, const Rates *rates,
            int threads) {
     const Rates k = *rates;
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST)
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST / 8)
     for (int64_t i = 0; i < count; i++) {
-        float g = load(gradient + i) * k.scale;
+        float g = load(gradient + i) * k.scale;  // 26 bytes each
         float m = plus(k.first, g - first[i], first[i]);
         float v = plus(k.second * g, g, second[i] * k.kept);
         float master = of_bits((uint32_t(weight[i]) << 16) + uint32_t(int32_t(residual[i]))) * k.decay;

@@ -27,7 +27,7 @@ from sartor.folders import cache_folder
 HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
 _PARTS = "native.h", "tile.h", "pairs.h", "amx.h", "attention.h", "attention_tiles.h"
 _TILES = tuple(Path(__file__).with_name(name) for name in _PARTS)
-_PRODUCTS = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "lora.cpp", "matmul.cpp"))
+_PRODUCTS = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "lora.cpp", "matmul.cpp", "thin.cpp"))
 
 _COMMON = (
     "-std=c++17",

@@ -15,6 +15,7 @@ struct problem {
     int64_t m, n, k, more_k;
     int64_t a_row, b_row, more_a_row, more_b_row, c_row;  // from one row in memory to the next
     int64_t a_turned, b_turned, c_turned;                 // k x m, n x k and n x m in memory
+    int64_t adds;                                         // to what c holds
     int64_t threads, thread_bytes, panel, depth, task_rows, packed_rows;  // panel: columns of b that are laid out together
     float scale;
 };
@@ -31,6 +32,7 @@ typedef uint32_t __attribute__((may_alias)) pair;
 
 constexpr int64_t GROUP = 6;   // rows of a that are laid out together
 constexpr int64_t AHEAD = 16;  // rows that are asked for before they are laid out in pairs
+constexpr int64_t ALONG = 64;  // and, where rows become columns, numbers of a row
 
 inline __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
 inline __m512 widened(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
@@ -101,7 +103,11 @@ inline void lay_out(const bf16 *from, int64_t row, bool in_columns, int64_t dept
         return;
     }
     for (int64_t k = 0; k < depth; k += 32)
-        for (int64_t i = 0; i < width; i += 16) turned(from + i * row + k, row, columns - i, depth - k, to + k / 2 * width + i, width);
+        for (int64_t i = 0; i < width; i += 16) {
+            for (int64_t r = i; r < i + 16 && r < columns && k + ALONG < depth; r++)
+                _mm_prefetch(reinterpret_cast<const char *>(from + r * row + k + ALONG), _MM_HINT_T0);
+            turned(from + i * row + k, row, columns - i, depth - k, to + k / 2 * width + i, width);
+        }
 }
 
 // Where sums go: kept in float32 while k goes on, then to c.
@@ -127,9 +133,13 @@ inline void finish(const problem &of, const results &to, __m512 sum, int64_t row
     if (of.c_turned) {
         alignas(64) float values[16];
         _mm512_store_ps(values, sum);
-        for (int64_t n = 0; n < 16 && column + n < to.columns; n++) store(to.c + (column + n) * of.c_row + row, values[n]);
+        for (int64_t n = 0; n < 16 && column + n < to.columns; n++) {
+            bf16 *at = to.c + (column + n) * of.c_row + row;
+            store(at, of.adds ? values[n] + load(at) : values[n]);
+        }
         return;
     }
+    if (of.adds) sum = _mm512_add_ps(sum, widened(_mm256_maskz_loadu_epi16(there, to.c + row * of.c_row + column)));
     _mm256_mask_storeu_epi16(to.c + row * of.c_row + column, there, __m256i(_mm512_cvtneps_pbh(sum)));
 }
 

@@ -15,6 +15,7 @@ from sartor.kernels.attend import NUMBERS, attend_, attend_backward_
 from sartor.kernels.lora import add_low_rank_, low_rank_backward_
 from sartor.kernels.loss import Extent, linear_cross_entropy_
 from sartor.kernels.matmul import matmul_, multiplies
+from sartor.kernels.thin import thin_
 from sartor.predict.operations import Operation
 from sartor.predict.rates import COMPILED as BY_OWN_LOOPS
 
@@ -95,26 +96,39 @@ def low_rank(args: Sequence[Any], *, backward: bool) -> list[Operation]:
     if backward:
         products = [(rows, rank, outside, "nn"), (rank, inside, rows, "tn"), (outside, rank, rows, "tn")]
         products += [(rows, inside, rank, "nn")] if args[5] is not None else []
-    size = x_MK.element_size()
-    return [
-        Operation(
-            name="mm",
-            family="matmul",
-            dtype=str(x_MK.dtype).removeprefix("torch."),
-            flops=2 * m * n * k,
-            read_bytes=size * (m * k + k * n),
-            written_bytes=size * m * n,
-            made_bytes=0,
-            sizes=(1, m, n, k),
-            form=form,
-        )
-        for m, n, k, form in products
-    ]
+    return [_product(x_MK, m, n, k, form) for m, n, k, form in products]
+
+
+def thin(args: Sequence[Any]) -> list[Operation]:
+    """A call of `thin_`: its products."""
+    z_MC, w_CR, _, given_MR, *_ = args
+    rows, columns = z_MC.shape
+    made = []
+    if w_CR is not None:
+        made.append(_product(z_MC, rows, w_CR.shape[1], columns, BY_OWN_LOOPS + ("nn" if w_CR.stride(1) == 1 else "nt")))
+    if given_MR is not None:
+        made.append(_product(z_MC, given_MR.shape[1], columns, rows, BY_OWN_LOOPS + "tn"))
+    return made
+
+
+def _product(like: torch.Tensor, m: int, n: int, k: int, form: str) -> Operation:
+    size = like.element_size()
+    return Operation(
+        name="mm",
+        family="matmul",
+        dtype=str(like.dtype).removeprefix("torch."),
+        flops=2 * m * n * k,
+        read_bytes=size * (m * k + k * n),
+        written_bytes=size * m * n,
+        made_bytes=0,
+        sizes=(1, m, n, k),
+        form=form,
+    )
 
 
 def product(args: Sequence[Any]) -> list[Operation]:
     """A call of `matmul_`: its product, with what it adds of low rank."""
-    a, b, c, _, _, more_a, *_ = args
+    a, b, c, _, _, more_a, _, _, *adds = args
     (m, k), n, more_k = a.shape, b.shape[1], 0 if more_a is None else more_a.shape[1]
     size, turned = a.element_size(), ("t" if matrix.stride(1) != 1 else "n" for matrix in (a, b))
     made = Operation(
@@ -122,7 +136,7 @@ def product(args: Sequence[Any]) -> list[Operation]:
         family="matmul",
         dtype=str(a.dtype).removeprefix("torch."),
         flops=2 * m * n * (k + more_k),
-        read_bytes=size * (m + n) * (k + more_k),
+        read_bytes=size * ((m + n) * (k + more_k) + (c.numel() if any(adds) else 0)),
         written_bytes=c.numel() * size,
         made_bytes=0,
         sizes=(1, m, n, k),
@@ -139,6 +153,8 @@ def parts_of(func: Any, args: Sequence[Any]) -> list[Operation] | None:
         parts = attention_of_examples(args, backward=func is attend_backward_)
     elif func is matmul_:
         parts = product(args)
+    elif func is thin_:
+        parts = thin(args)
     elif func is add_low_rank_ or func is low_rank_backward_:
         parts = low_rank(args, backward=func is low_rank_backward_)
     else:

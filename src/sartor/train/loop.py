@@ -161,7 +161,8 @@ def _step(plan: Plan, bench: Workbench, progress: Progress, watchers: Observer) 
     """One optimizer step; the plan as it is afterwards. Raises RunError, naming the examples, where loss or gradient is not
     finite."""
     start = time.perf_counter()
-    bench.step.model.train()
+    if not bench.step.model.training:  # which takes milliseconds
+        bench.step.model.train()
     bench.world.seed(plan.job.training.seed, progress.step)
     # Which examples, and how they are cut into micro-batches, is decided by the seed and the strategy alone.
     indices = bench.order.indices(progress.step)
