@@ -135,13 +135,13 @@ _Gradients = list[tuple[Tensor, Tensor]]
 
 def _beside(low_MR: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """The layers' columns of what has those of all."""
-    parts: tuple[Tensor, ...] = low_MR.split([len(layer.a_RK) for layer in layers], dim=1)
+    parts: tuple[Tensor, ...] = low_MR.split([layer.a_RK.shape[0] for layer in layers], dim=1)
     return parts
 
 
 def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The layers, and scale x A^T of all of them in bfloat16."""
-    low_MR = x_MK.new_empty(len(x_MK), sum(len(layer.a_RK) for layer in layers))
+    low_MR = x_MK.new_empty(x_MK.shape[0], sum(layer.a_RK.shape[0] for layer in layers))
     lows = _beside(low_MR, layers)
     if len({layer.scale for layer in layers}) == 1:  # in one pass over x
         a_RK = layers[0].a_RK if len(layers) == 1 else torch.cat([layer.a_RK for layer in layers])
@@ -168,7 +168,7 @@ def _in_pairs_backward(
         if wanted:
             to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, more=(to_low, layer.a_RK), adds=to_x_MK is not None)
     gradient(to_low_MR, x_MK, to_a_RK)
-    return to_x_MK, list(zip(to_a_RK.split([len(layer.a_RK) for layer in layers]), to_b_NRs, strict=True))
+    return to_x_MK, list(zip(to_a_RK.split([layer.a_RK.shape[0] for layer in layers]), to_b_NRs, strict=True))
 
 
 def _in_floats(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -208,7 +208,7 @@ def _call(name: str, sizes: _Sizes, tensors: tuple[Tensor | None, ...], scale: f
 
 
 def _add_low_rank(x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, y_MN: Tensor, scale: float) -> Tensor:
-    low_MR = x_MK.new_empty((len(x_MK), len(a_RK)), dtype=torch.float32)
+    low_MR = x_MK.new_empty((x_MK.shape[0], len(a_RK)), dtype=torch.float32)
     tensors = x_MK, a_RK.contiguous(), b_NR.contiguous(), y_MN, low_MR
     _call("lora", _sizes(x_MK, b_NR), tensors, scale, back=False)
     return low_MR

@@ -7,6 +7,7 @@ Shapes: M rows, C columns, R rank.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def narrow_and_gradient(
 
 
 def _by_tiles(z_MC: Tensor) -> bool:
-    return has_tiles() and len(z_MC) >= _LEAST_ROWS
+    return has_tiles() and z_MC.shape[0] >= _LEAST_ROWS
 
 
 def _parts(rows: int) -> int:
@@ -67,12 +68,16 @@ def _parts(rows: int) -> int:
 
 
 def _room(z_MC: Tensor, low_MR: Tensor) -> Tensor:
+    return z_MC.new_empty(_room_bytes(*z_MC.shape, low_MR.shape[1], torch.get_num_threads()), dtype=torch.uint8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _room_bytes(rows: int, columns: int, rank: int, threads: int) -> int:
     loaded = products_library()
     assert loaded is not None  # `has_tiles` asked it
-    sizes = _Pass(rows=len(z_MC), columns=z_MC.shape[1], rank=low_MR.shape[1])
-    sizes.parts, sizes.threads = _parts(len(z_MC)), torch.get_num_threads()
     loaded.thin_room.restype = ctypes.c_int64
-    return z_MC.new_empty(loaded.thin_room(ctypes.byref(sizes)), dtype=torch.uint8)
+    sizes = _Pass(rows=rows, columns=columns, rank=rank, parts=_parts(rows), threads=threads)
+    return int(loaded.thin_room(ctypes.byref(sizes)))
 
 
 def _thin(
@@ -86,7 +91,7 @@ def _thin(
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in matrices)
     turned = (matrix is not None and matrix.stride(1) != 1 for matrix in (w, to))
     rank = low.shape[1] if given is None else given.shape[1]  # type: ignore[union-attr]
-    one = _Pass(*places, *z.shape, rank, *rows, *turned, _parts(len(z)), torch.get_num_threads(), scale)
+    one = _Pass(*places, *z.shape, rank, *rows, *turned, _parts(z.shape[0]), torch.get_num_threads(), scale)
     loaded.thin(ctypes.byref(one), ctypes.c_void_p(room.data_ptr()))
 
 
