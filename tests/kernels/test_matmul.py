@@ -9,26 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from matrices import laid, near, normal
 from sartor.kernels import matmul, native
 from sartor.kernels.fuse import fuse, unfuse
 from sartor.kernels.matmul import LEAST_ROWS, linear, multiplies, multiply, product
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
-ROUNDING = 2**-8
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).to(torch.bfloat16)
-
-
-def laid(rows: int, columns: int, turned: bool) -> torch.Tensor:
-    return normal(columns, rows).t() if turned else normal(rows, columns)
-
-
-def near(found: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Rounded once: within half a unit in the last place, and what summing in float32 leaves."""
-    error = (found.double() - exact).abs()
-    return bool((error <= ROUNDING * exact.abs() + 1e-5 * exact.abs().max()).all())
 
 
 @pytest.fixture(params=["as it is", "pairs"])
@@ -71,6 +57,17 @@ def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, boo
     more, bias = (normal(m, 15), laid(15, n, turned[1])), normal(n)
     exact = (a.double() @ b.double() + more[0].double() @ more[1].double()) * 0.5 + bias.double()
     multiply(a, b, c, more=more, bias_N=bias, scale=0.5)
+    assert near(c, exact)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 20, 30), (64, 96, 64), (100, 200, 96), (49, 130, 4103)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_may_be_added_to_what_is_there(m: int, n: int, k: int, turned: bool) -> None:
+    torch.manual_seed(0)
+    a, b, c, more, bias = normal(m, k), normal(k, n), laid(m, n, turned), (normal(m, 15), normal(15, n)), normal(n)
+    exact = c.double() + 0.5 * (a.double() @ b.double() + more[0].double() @ more[1].double()) + bias.double()
+    assert multiply(a, b, c, more=more, bias_N=bias, scale=0.5, adds=True) is c
     assert near(c, exact)
 
 
