@@ -6,13 +6,10 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from matrices import laid, near, normal
 from sartor.kernels import matmul, native
-from sartor.kernels.fuse import fuse, unfuse
-from sartor.kernels.matmul import LEAST_ROWS, linear, multiplies, multiply, product
+from sartor.kernels.matmul import multiplies, multiply, product
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
 
@@ -91,31 +88,3 @@ def test_nothing_to_sum_up_and_nothing_to_compute() -> None:
     result = torch.empty(3, 5, dtype=torch.float32)
     product(torch.ones(3, 2), torch.ones(2, 5), result, bias.float())  # of another format: PyTorch's
     torch.testing.assert_close(result, 2 + bias.float().expand(3, 5))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_layer_and_its_gradients(bias: bool) -> None:
-    torch.manual_seed(0)
-    x, weight, constant, gradient = normal(2, 25, 34), normal(21, 34), normal(21) if bias else None, normal(2, 25, 21)
-    given = [tensor.requires_grad_() for tensor in (x, weight, constant) if tensor is not None]
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    found, expected = linear(*given), F.linear(*exact)
-    assert near(found, expected.detach())
-    for one, other in zip(
-        torch.autograd.grad(found, given, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
-    ):
-        assert (one.double() - other).norm() < 5e-3 * other.norm()
-
-
-def test_layers_of_a_model_take_part_and_give_it_back() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32, bias=False)).to(torch.bfloat16)
-    mixed = nn.Linear(32, 32)
-    assert fuse(model) == {"linear layers": 2}
-    assert fuse(mixed) == {}
-    x = normal(LEAST_ROWS, 32)
-    usual = F.linear(F.linear(x, model[0].weight, model[0].bias), model[1].weight)
-    torch.testing.assert_close(model(x), usual, atol=2e-2, rtol=2e-2)
-    assert torch.equal(model(x[:2]), F.linear(F.linear(x[:2], model[0].weight, model[0].bias), model[1].weight))
-    unfuse(model)
-    assert not any("forward" in vars(module) for module in model.modules())

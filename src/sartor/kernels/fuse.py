@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
+from sartor.kernels.linear import linear_of
 from sartor.kernels.lora import lora_of, together
-from sartor.kernels.matmul import linear_of
 from sartor.kernels.native import library
 
 _NORM = """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sartor.kernels.native import library, operator
+from sartor.kernels.native import apply, library, operator
 
 FORMATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -32,19 +32,19 @@ def suited(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight_C: Tensor, *, epsilon: float, offset: float = 0.0) -> Tensor:
     """(weight + offset) * x / rms(x) over the last dimension. Where the offset is 0, x / rms(x) is rounded first."""
-    result: Tensor = _RMSNorm.apply(x, weight_C, epsilon, offset)  # type: ignore[no-untyped-call]
+    result: Tensor = apply(_RMSNorm, x, weight_C, epsilon, offset)
     return result
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    result: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
+    result: Tensor = apply(_SiluMul, gate, up)
     return result
 
 
 def rotary(query_RHTD: Tensor, key_RHTD: Tensor, cosine_RTD: Tensor, sine_RTD: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by the angles of their positions (Su et al. 2021, arXiv 2104.09864), halves of a head as pairs."""
-    result: tuple[Tensor, Tensor] = _Rotary.apply(query_RHTD, key_RHTD, cosine_RTD, sine_RTD)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = apply(_Rotary, query_RHTD, key_RHTD, cosine_RTD, sine_RTD)
     return result
 
 

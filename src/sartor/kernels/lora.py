@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sartor.kernels.fused import FORMATS, suited
+from sartor.kernels.linear import product_with
 from sartor.kernels.matmul import multiply, takes
-from sartor.kernels.native import operator, products_library
+from sartor.kernels.native import apply, operator, products_library
 from sartor.kernels.thin import gradient, narrow, narrow_and_gradient
 
 MOST_RANK = 64
@@ -97,9 +98,8 @@ class Layer(NamedTuple):
 def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x W^T + bias + scale (x A^T) B^T of each layer for x … K, one of the formats of `fused.suited`; W and bias get no
     gradient."""
-    result: tuple[Tensor, ...] = _LoRALinears.apply(  # type: ignore[no-untyped-call]
-        x, tuple(layer.scale for layer in layers), *(tensor for layer in layers for tensor in layer[:4])
-    )
+    tensors = (tensor for layer in layers for tensor in layer[:4])
+    result: tuple[Tensor, ...] = apply(_LoRALinears, x, tuple(layer.scale for layer in layers), *tensors)
     return result
 
 
@@ -150,8 +150,7 @@ def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list
         for layer, low in zip(layers, lows, strict=True):
             narrow(x_MK, layer.a_RK.t(), low, scale=layer.scale)
     made = [
-        multiply(x_MK, layer.weight_NK.t(), more=(low, layer.b_NR.t()), bias_N=layer.bias_N)
-        for layer, low in zip(layers, lows, strict=True)
+        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N) for layer, low in zip(layers, lows, strict=True)
     ]
     return made, [low_MR]
 

@@ -1,4 +1,4 @@
-"""Matrix products of bfloat16 numbers on a CPU by loops of our own (`matmul.cpp`), and linear layers that use them.
+"""Matrix products of bfloat16 numbers on a CPU by loops of our own (`matmul.cpp`).
 
 For processors that multiply pairs of bfloat16 numbers (AVX-512 BF16) or tiles of them (AMX). PyTorch's library compiles code for
 every shape, and reaches nine tenths or less of what these do; they take any shape as it comes, and add a product of low rank on
@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sartor.kernels.native import operator, products_library
 
-LEAST_ROWS = 16
-"""Of a linear layer's input; with fewer, laying out the weight is most of the work."""
 _STEP = 32
 _MOST_DEPTH = 2048
 """Numbers summed over with a panel of b in the second cache: 256 to 768 KiB."""
@@ -188,46 +183,3 @@ matmul_ = operator(
     lambda *_: None,
 )
 """`multiply`, with the memory that it works in, if that is at hand."""
-
-
-# -- linear layers -------------------------------------------------------------------------------------------------------------
-
-
-def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """A forward for a plain linear layer in bfloat16; None for anything else, and on processors that cannot."""
-    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not multiplies():
-        return None
-    return functools.partial(_run, module)
-
-
-def _run(module: nn.Linear, x: Tensor) -> Tensor:
-    weight = module.weight
-    usual = x.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type) or not takes(weight)
-    if usual or math.prod(x.shape[:-1]) < LEAST_ROWS:
-        return nn.Linear.forward(module, x)
-    return linear(x, weight, module.bias)
-
-
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x W^T + bias for x … K, all bfloat16."""
-    result: Tensor = _Linear.apply(x, weight_NK, bias_N)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(x_MK, weight_NK)
-        return multiply(x_MK, weight_NK.t(), bias_N=bias_N).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *given: Any) -> Any:
-        x_MK, weight_NK = ctx.saved_tensors
-        gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
-        to_x = multiply(gradient_MN, weight_NK).view(*given[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        to_weight_NK = None
-        if ctx.needs_input_grad[1]:  # where results are taller than wide PyTorch's products by pairs are faster
-            tall = weight_NK.shape[0] > weight_NK.shape[1] and not has_tiles()
-            to_weight_NK = torch.mm(gradient_MN.t(), x_MK) if tall else multiply(gradient_MN.t(), x_MK)
-        return to_x, to_weight_NK, gradient_MN.sum(0) if ctx.needs_input_grad[2] else None

@@ -168,6 +168,19 @@ def operator(schema: str, implementation: Callable[..., Any], shapes: Callable[.
     return getattr(torch.ops.sartor, name).default  # type: ignore[no-any-return]
 
 
+class _Unkept:
+    """Where nothing is kept for backward."""
+
+    def save_for_backward(self, *_: Any) -> None: ...
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, or its forward alone where no gradients are wanted: most of what a small call would take is PyTorch's."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Unkept(), *arguments)
+
+
 class Rates(ctypes.Structure):
     """`struct rates` of native.cpp."""
 

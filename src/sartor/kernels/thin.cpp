@@ -37,11 +37,12 @@ struct room_of {
     room_of(const thin_pass &of, char *room, int64_t thread) {
         w = reinterpret_cast<pair *>(room);
         sums = reinterpret_cast<float *>(w + high(of) * wide(of) / 2);
-        low = reinterpret_cast<float *>(sums + of.parts * high(of) * wide(of)) + thread * each(of) / 4;
+        low = reinterpret_cast<float *>(sums + summed(of) * high(of) * wide(of)) + thread * each(of) / 4;
         given = reinterpret_cast<bf16 *>(low + MOST * high(of));
     }
+    static int64_t summed(const thin_pass &of) { return of.given == nullptr ? 0 : of.parts; }
     static int64_t each(const thin_pass &of) { return MOST * high(of) * 12; }
-    static int64_t bytes(const thin_pass &of) { return (2 + 4 * of.parts) * high(of) * wide(of) + of.threads * each(of); }
+    static int64_t bytes(const thin_pass &of) { return (2 + 4 * summed(of)) * high(of) * wide(of) + of.threads * each(of); }
 };
 
 // 32 columns of w in pairs.
@@ -213,7 +214,7 @@ void run(const thin_pass &of, char *memory) {
 
 extern "C" {
 
-// Bytes of working memory, which sizes, parts and threads tell.
+// Bytes of working memory, which sizes, parts and threads tell, and whether there is a `given`.
 int64_t thin_room(const thin_pass *of) {
 #if defined(SARTOR_TILES)
     return room_of::bytes(*of);

@@ -18,6 +18,8 @@ from sartor.kernels.native import operator, products_library
 _LEAST_ROWS = 16
 _ROWS, _MOST_PARTS = 256, 16
 """Of parts whose sums are kept apart, so that results are the same for any number of threads."""
+_ROWS_ALONE = 64
+"""Of a part where nothing is summed over rows."""
 
 
 class _Pass(ctypes.Structure):
@@ -35,7 +37,7 @@ class _Pass(ctypes.Structure):
 def narrow(z_MC: Tensor, w_CR: Tensor, low_MR: Tensor, *, scale: float = 1.0) -> None:
     """low = scale z w. Matrices as `matmul.multiply` takes them; rows of z and low lie in memory without gaps."""
     if _by_tiles(z_MC):
-        thin_(z_MC, w_CR, low_MR, None, None, _room(z_MC, low_MR), scale)
+        thin_(z_MC, w_CR, low_MR, None, None, _room(z_MC, low_MR, sums=False), scale)
     else:
         multiply(z_MC, w_CR, low_MR, scale=scale)
 
@@ -63,20 +65,23 @@ def _by_tiles(z_MC: Tensor) -> bool:
     return has_tiles() and z_MC.shape[0] >= _LEAST_ROWS
 
 
-def _parts(rows: int) -> int:
-    return min(-(-rows // _ROWS), _MOST_PARTS)
+def _parts(rows: int, *, sums: bool) -> int:
+    return min(-(-rows // _ROWS), _MOST_PARTS) if sums else -(-rows // _ROWS_ALONE)
 
 
-def _room(z_MC: Tensor, low_MR: Tensor) -> Tensor:
-    return z_MC.new_empty(_room_bytes(*z_MC.shape, low_MR.shape[1], torch.get_num_threads()), dtype=torch.uint8)
+def _room(z_MC: Tensor, low_MR: Tensor, *, sums: bool = True) -> Tensor:
+    size = _room_bytes(*z_MC.shape, low_MR.shape[1], sums, torch.get_num_threads())
+    return z_MC.new_empty(size, dtype=torch.uint8)
 
 
 @functools.lru_cache(maxsize=4096)
-def _room_bytes(rows: int, columns: int, rank: int, threads: int) -> int:
+def _room_bytes(rows: int, columns: int, rank: int, sums: bool, threads: int) -> int:
     loaded = products_library()
     assert loaded is not None  # `has_tiles` asked it
     loaded.thin_room.restype = ctypes.c_int64
-    sizes = _Pass(rows=rows, columns=columns, rank=rank, parts=_parts(rows), threads=threads)
+    sizes = _Pass(
+        given=1 if sums else None, rows=rows, columns=columns, rank=rank, parts=_parts(rows, sums=sums), threads=threads
+    )
     return int(loaded.thin_room(ctypes.byref(sizes)))
 
 
@@ -91,7 +96,9 @@ def _thin(
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in matrices)
     turned = (matrix is not None and matrix.stride(1) != 1 for matrix in (w, to))
     rank = low.shape[1] if given is None else given.shape[1]  # type: ignore[union-attr]
-    one = _Pass(*places, *z.shape, rank, *rows, *turned, _parts(z.shape[0]), torch.get_num_threads(), scale)
+    one = _Pass(
+        *places, *z.shape, rank, *rows, *turned, _parts(z.shape[0], sums=given is not None), torch.get_num_threads(), scale
+    )
     loaded.thin(ctypes.byref(one), ctypes.c_void_p(room.data_ptr()))
 
 
