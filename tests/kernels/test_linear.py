@@ -25,7 +25,7 @@ def test_few_rows(rows: int, outside: int, inside: int, turned: bool) -> None:
     x, weight, bias = normal(rows, inside), laid(outside, inside, turned), normal(outside)
     low, up = normal(rows, 5), laid(5, outside, not turned)
     product = x.double() @ weight.double().t()
-    assert near(product_with(weight, x, None, None), product)
+    assert near(product_with(weight, x), product)
     found, exact = product_with(weight, x, (low, up), bias), product + low.double() @ up.double() + bias.double()
     between = product.abs().max() + exact.abs().max()  # rounded after every sum
     assert found.is_contiguous()
@@ -38,15 +38,15 @@ def test_weights_of_few_rows_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatc
         raise AssertionError("laid out")
 
     monkeypatch.setattr(module, "multiply", never)
-    product_with(normal(32, 64), normal(LEAST_ROWS - 1, 64), None, None)
+    product_with(normal(32, 64), normal(LEAST_ROWS - 1, 64))
     with pytest.raises(AssertionError, match="laid out"):
-        product_with(normal(32, 64), normal(LEAST_ROWS, 64), None, None)
+        product_with(normal(32, 64), normal(LEAST_ROWS, 64))
 
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_it_is_the_same_where_no_gradients_are_wanted(rows: int) -> None:
     torch.manual_seed(0)
-    x, layer = normal(2, rows, 64), Layer(normal(48, 64), normal(48), normal(5, 64).requires_grad_(), normal(48, 5), 0.5)
+    x, layer = normal(2, rows, 64), Layer(normal(48, 64), normal(48), normal(5, 64).requires_grad_(), normal(48, 5), scale=0.5)
     with torch.no_grad():
         alone = linear(x, layer.weight_NK, layer.bias_N), *lora_linears(x, [layer])
     assert not any(tensor.requires_grad for tensor in alone)

@@ -40,7 +40,7 @@ def test_it_is_the_layer_and_its_adapter(dtype: torch.dtype, rows: int, inside: 
     x, weight, a, b = normal(2, rows, inside), normal(outside, inside), normal(rank, inside), normal(outside, rank)
     constant = normal(outside) if bias else None
     inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
-    (found,) = lora_linears(x, [Layer(weight, constant, a, b, 2.0)])
+    (found,) = lora_linears(x, [Layer(weight, constant, a, b, scale=2.0)])
     gradient = normal(2, rows, outside)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     low = F.linear(F.linear(exact[0], exact[1]), exact[2]) * 2.0

@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t HIGH = 16, STEP = 32, PAIR = 2 * HIGH;  // a tile's rows, numbers summed over at a time, rows or columns of two tiles
 constexpr int64_t MOST_COLUMNS = 192;                      // of a panel
-constexpr int64_t MEETING = 2048;                          // bytes: rows so far apart have two places in the first cache for all
 
 // Whether the system lets this process have the tiles, which it has to ask for.
 inline bool has_tiles() {
@@ -229,13 +228,9 @@ inline void strip(const problem &of, const tile_factors &all, const tile_factors
     }
 }
 
-// Columns of a strip, which are laid out beside each other. Two tiles, below two of a's, but where rows of a meet in the first cache:
-// there the fewer of a's the better.
-inline int64_t strip_width(const problem &of) { return !of.a_turned && of.a_row % (MEETING / 2) == 0 ? 3 * HIGH : PAIR; }
-
 // A panel of b for `by_tiles`: strip after strip.
 inline void lay_out_strips(const problem &of, const bf16 *from, int64_t row, int64_t depth, int64_t columns, pair *to) {
-    const int64_t all = up(depth, STEP), width = strip_width(of), panel = up(columns, width);
+    const int64_t all = up(depth, STEP), width = of.strip, panel = up(columns, width);
     if (of.b_turned) {
         for (int64_t j = 0; j < columns; j += width)
             lay_out(from + j * row, row, true, depth, columns - j < width ? columns - j : width, to + j * all / 2, width);
@@ -248,10 +243,10 @@ inline void lay_out_strips(const problem &of, const bf16 *from, int64_t row, int
         for (int64_t i = 0; i < panel; i += HIGH) _mm512_storeu_si512(places[i / HIGH] + t * width, _mm512_setzero_si512());
 }
 
-// All rows of a block by tiles: `laid` is where the panel's strips are, `also` those of the product of low rank.
-inline void by_tiles(const problem &of, const block &at, const pair *laid, const pair *also, const results &to) {
-    const int64_t down = up(of.k, STEP), size = up(at.depth, STEP) / 2, more_size = up(of.more_k, STEP) / 2;
-    const int64_t width = strip_width(of), high = width > PAIR ? HIGH : PAIR;
+// All rows of a block by tiles: `laid` is where the panel's strips are, of `size` rows each, `also` those of the product of low rank.
+inline void by_tiles(const problem &of, const block &at, const pair *laid, int64_t size, const pair *also, const results &to) {
+    const int64_t down = up(of.k, STEP), more_size = up(of.more_k, STEP) / 2;
+    const int64_t width = of.strip, high = width > PAIR ? HIGH : PAIR;
     for (int64_t row = at.row; row < at.end; row += high) {
         const int64_t rows = at.end - row < high ? at.end - row : high, from = row - at.above;
         tile_factors all{of.a + row * of.a_row + at.k, of.a_row, STEP, HIGH * of.a_row, rows, at.depth};

@@ -25,6 +25,7 @@ from sartor.kernels.fused import FORMATS, suited
 from sartor.kernels.linear import product_with
 from sartor.kernels.matmul import multiply, takes
 from sartor.kernels.native import apply, operator, products_library
+from sartor.kernels.prepack import prepacked
 from sartor.kernels.thin import gradient, narrow, narrow_and_gradient
 
 MOST_RANK = 64
@@ -82,29 +83,34 @@ def _ready(of: tuple[Any, str], x: Tensor) -> Layer | None:
     usual = module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type)
     if usual or not suited(x, layer.weight, a, b):
         return None
-    return Layer(layer.weight, layer.bias, a, b, float(module.scaling[name]))
+    return Layer(layer.weight, layer.bias, a, b, *prepacked(layer), float(module.scaling[name]))
 
 
 class Layer(NamedTuple):
-    """A frozen layer, and its adapter."""
+    """A frozen layer, and its adapter; the layer's weight as `prepack` lays it out, for either pass."""
 
     weight_NK: Tensor
     bias_N: Tensor | None
     a_RK: Tensor
     b_NR: Tensor
+    forward: Tensor | None = None
+    backward: Tensor | None = None
     scale: float = 1.0
+
+
+_TENSORS = len(Layer._fields) - 1
 
 
 def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x W^T + bias + scale (x A^T) B^T of each layer for x … K, one of the formats of `fused.suited`; W and bias get no
     gradient."""
-    tensors = (tensor for layer in layers for tensor in layer[:4])
+    tensors = (tensor for layer in layers for tensor in layer[:_TENSORS])
     result: tuple[Tensor, ...] = apply(_LoRALinears, x, tuple(layer.scale for layer in layers), *tensors)
     return result
 
 
 def _layers(scales: Sequence[float], tensors: Sequence[Any]) -> list[Layer]:
-    return [Layer(*tensors[4 * i : 4 * i + 4])._replace(scale=scale) for i, scale in enumerate(scales)]
+    return [Layer._make((*tensors[_TENSORS * i : _TENSORS * (i + 1)], scale)) for i, scale in enumerate(scales)]
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -121,12 +127,12 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *given: Any) -> Any:
         x_MK, *saved = ctx.saved_tensors
         count = len(ctx.scales)
-        lows, layers = saved[: -4 * count], _layers(ctx.scales, saved[-4 * count :])
+        lows, layers = saved[: -_TENSORS * count], _layers(ctx.scales, saved[-_TENSORS * count :])
         gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
         back = _in_pairs_backward if ctx.pairs else _in_floats_backward
         to_x_MK, to_abs = back(layers, gradients, x_MK, lows, wanted=ctx.needs_input_grad[0])
         to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
-        return to_x, None, *(tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b))
+        return to_x, None, *(tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b, None, None))
 
 
 _Gradients = list[tuple[Tensor, Tensor]]
@@ -150,7 +156,8 @@ def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list
         for layer, low in zip(layers, lows, strict=True):
             narrow(x_MK, layer.a_RK.t(), low, scale=layer.scale)
     made = [
-        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N) for layer, low in zip(layers, lows, strict=True)
+        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N, layer.forward)
+        for layer, low in zip(layers, lows, strict=True)
     ]
     return made, [low_MR]
 
@@ -165,7 +172,8 @@ def _in_pairs_backward(
     for layer, gradient_MN, low, to_low, to_b_NR in each:
         narrow_and_gradient(gradient_MN, layer.b_NR, to_low, low, to_b_NR.t(), scale=layer.scale)
         if wanted:
-            to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, more=(to_low, layer.a_RK), adds=to_x_MK is not None)
+            more, adds = (to_low, layer.a_RK), to_x_MK is not None
+            to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, more=more, adds=adds, laid=layer.backward)
     gradient(to_low_MR, x_MK, to_a_RK)
     return to_x_MK, list(zip(to_a_RK.split([layer.a_RK.shape[0] for layer in layers]), to_b_NRs, strict=True))
 

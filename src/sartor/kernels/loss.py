@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sartor.kernels.matmul import product
 from sartor.kernels.native import library, operator
+from sartor.kernels.prepack import Laid
 
 CHUNK_BYTES = 96 * 2**20
 """Logits of a chunk. Fewer rows make the products slower: the head's weight is read, and laid out for them, once a chunk, and its
@@ -49,8 +50,9 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     finish: Finish | None = None,
     factor: float = 1.0,
+    laid: Laid = (None, None),
 ) -> Tensor:
-    """`factor` times the cross entropy of the rows, summed; a float32 scalar.
+    """`factor` times the cross entropy of the rows, summed; a float32 scalar. `laid`: the weight as `prepack` lays it out.
 
     `factor` is what the gradients are multiplied by while they are made, which is more exact in bfloat16 than afterwards. Under
     autocast the products are computed in its format. Every target is one of the V.
@@ -60,7 +62,7 @@ def linear_cross_entropy(
     grows = torch.is_grad_enabled()
     wanted = tuple(grows and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias_V))
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight_VH, bias_V, targets_N, finish or Finish(), factor, autocast, wanted
+        hidden_NH, weight_VH, bias_V, targets_N, finish or Finish(), factor, autocast, wanted, laid
     )
     return result
 
@@ -79,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor: float,
         autocast: torch.dtype | None,
         wanted: tuple[bool, bool, bool],
+        laid: Laid,
     ) -> Tensor:
         given = hidden_NH.dtype
         to_weight_VH = torch.empty_like(weight_VH) if wanted[1] else None
@@ -92,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         results = (workspace, to_hidden_NH, to_weight_VH, to_bias_V)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             loss: Tensor = linear_cross_entropy_(
-                hidden_NH, weight_VH, bias_V, targets_N, *results, finish.scale, finish.cap, factor
+                hidden_NH, weight_VH, bias_V, targets_N, *results, finish.scale, finish.cap, factor, *laid
             )
         ctx.gradients = [None if to_hidden_NH is None else to_hidden_NH.to(given), to_weight_VH, to_bias_V]
         return loss
@@ -102,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy hands its gradients out once: there is no second backward pass through it")
-        return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), *[None] * 5)
+        return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), *[None] * 6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +198,8 @@ def _chunks(
     scale: float,
     cap: float,
     factor: float,
+    forward: Tensor | None = None,
+    backward: Tensor | None = None,
 ) -> Tensor:
     """`factor` times the summed loss; writes the gradients that are wanted."""
     extent = Extent.of(hidden_NH, weight_VH, to_weight_VH, to_bias_V)
@@ -206,10 +211,10 @@ def _chunks(
     for first in range(0, extent.rows, rows):
         chunk = slice(first, min(first + rows, extent.rows))
         hidden_CH, logits_CV = hidden_NH[chunk], parts["logits"][: min(rows, extent.rows - first), : extent.vocabulary]
-        product(hidden_CH, weight_VH.t(), logits_CV, bias_V)
+        product(hidden_CH, weight_VH.t(), logits_CV, bias_V, laid=forward)
         parts["losses"][chunk] = _cross_entropy(logits_CV, targets_N[chunk], scale, cap, factor if wanted else 0.0)
         if to_hidden_NH is not None:
-            product(logits_CV, weight_VH, to_hidden_NH[chunk])
+            product(logits_CV, weight_VH, to_hidden_NH[chunk], laid=backward)
         if to_weight is not None:
             to_weight.add(logits_CV, hidden_CH)
         if extent.bias:
@@ -303,7 +308,8 @@ def _add(total: Tensor, part: Tensor) -> None:
 
 linear_cross_entropy_ = operator(
     "linear_cross_entropy_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!) workspace, "
-    "Tensor(b!)? to_hidden, Tensor(c!)? to_weight, Tensor(d!)? to_bias, float scale, float cap, float factor) -> Tensor",
+    "Tensor(b!)? to_hidden, Tensor(c!)? to_weight, Tensor(d!)? to_bias, float scale, float cap, float factor, "
+    "Tensor? forward=None, Tensor? backward=None) -> Tensor",
     _chunks,
     lambda hidden, *_: hidden.new_empty((), dtype=torch.float32),
 )

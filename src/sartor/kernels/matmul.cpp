@@ -125,9 +125,11 @@ void task(const problem &of, const bf16 *packed, int64_t above, int64_t column, 
         const block at{packed, above, row, end, k, depth};
 #if defined(SARTOR_TILES)
         if (has_tiles()) {
-            lay_out_strips(of, from, of.b_row, depth, columns, panel);
+            const bool whole = of.laid != nullptr;
+            const pair *strips = whole ? of.laid + column * up(of.k, STEP) / 2 + k / 2 * of.strip : panel;
+            if (!whole) lay_out_strips(of, from, of.b_row, depth, columns, panel);
             if (adds) lay_out_strips(of, more_from, of.more_b_row, of.more_k, columns, more_panel);
-            by_tiles(of, at, panel, more_panel, to);
+            by_tiles(of, at, strips, up(whole ? of.k : depth, STEP) / 2, more_panel, to);
             continue;
         }
 #endif
@@ -161,6 +163,19 @@ int matmul_worth() {
     return 1;
 #else
     return 0;
+#endif
+}
+
+// All of b, for products by tiles: strip after strip, the last one filled up with zeros.
+void lay_out_all(const problem *given, uint32_t *laid) {
+#if defined(SARTOR_TILES)
+    const problem &of = *given;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads))
+    for (int64_t column = 0; column < of.n; column += of.strip) {
+        const bf16 *from = of.b + (of.b_turned ? column * of.b_row : column);
+        const int64_t columns = of.n - column < of.strip ? of.n - column : of.strip;
+        lay_out_strips(of, from, of.b_row, of.k, columns, laid + column * up(of.k, STEP) / 2);
+    }
 #endif
 }
 

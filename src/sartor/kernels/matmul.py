@@ -19,6 +19,8 @@ from torch import Tensor
 from sartor.kernels.native import operator, products_library
 
 _STEP = 32
+_MEETING = 1024
+"""Numbers: rows so far apart have two places in the first cache for all."""
 _MOST_DEPTH = 2048
 """Numbers summed over with a panel of b in the second cache: 256 to 768 KiB."""
 _TASK_ROWS = 1008
@@ -32,10 +34,10 @@ class _Problem(ctypes.Structure):
     """`struct problem` of matmul.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "more_a", "more_b", "bias", "c")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "more_a", "more_b", "bias", "c", "laid")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "more_k", "a_row", "b_row", "more_a_row", "more_b_row", "c_row")),
         *((name, ctypes.c_int64) for name in ("a_turned", "b_turned", "c_turned", "adds")),
-        *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "panel", "depth", "task_rows", "packed_rows")),
+        *((name, ctypes.c_int64) for name in ("threads", "thread_bytes", "panel", "depth", "task_rows", "packed_rows", "strip")),
         ("scale", ctypes.c_float),
     )
 
@@ -72,10 +74,12 @@ def multiply(
     bias_N: Tensor | None = None,
     scale: float = 1.0,
     adds: bool = False,
+    laid: Tensor | None = None,
 ) -> Tensor:
     """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given, or added to it.
 
     Matrices are bfloat16, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
+    `laid`: b as `lay_out` gives it, which is used if it is as rows of a want it; the result is the same to the bit.
     """
     (m, k), n = a_MK.shape, b_KN.shape[1]
     if c_MN is None:
@@ -83,18 +87,44 @@ def multiply(
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
         room = a_MK.new_empty(_Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes, dtype=torch.uint8)
-        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds)
+        matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds, laid)
     return c_MN
 
 
-def product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, bias_N: Tensor | None = None) -> None:
+def product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, bias_N: Tensor | None = None, *, laid: Tensor | None = None) -> None:
     """c = a b + bias by what is fastest here."""
     if takes(a_MK, b_KN, c_MN):
-        multiply(a_MK, b_KN, c_MN, bias_N=bias_N)
+        multiply(a_MK, b_KN, c_MN, bias_N=bias_N, laid=laid)
     elif bias_N is None:
         torch.mm(a_MK, b_KN, out=c_MN)
     else:
         torch.addmm(bias_N, a_MK, b_KN, out=c_MN)
+
+
+def laid_shape(k: int, n: int) -> tuple[int, int, int, int]:
+    """Of b (K x N) laid out for products with rows that lie one behind the other: strips of columns, pairs of rows, columns of a
+    strip."""
+    strip = _strip(k)
+    return -(-n // strip), _up(k, _STEP) // 2, strip, 2
+
+
+def lay_out(b_KN: Tensor) -> Tensor:
+    """b, as products by tiles read it (`laid_shape`)."""
+    loaded = products_library()
+    if loaded is None or not has_tiles():
+        raise RuntimeError("weights are laid out for a processor with AMX, and by a compiled library")
+    (k, n), row = b_KN.shape, max(b_KN.stride())
+    laid = b_KN.new_empty(laid_shape(k, n))
+    threads, strip = torch.get_num_threads(), _strip(k)
+    problem = _Problem(b=b_KN.data_ptr(), n=n, k=k, b_row=row, b_turned=_is_turned(b_KN), threads=threads, strip=strip)
+    loaded.lay_out_all(ctypes.byref(problem), ctypes.c_void_p(laid.data_ptr()))
+    return laid
+
+
+def _strip(a_row: int) -> int:
+    """Columns of b that are laid out beside each other. Two tiles, below two of a's, but where rows of a meet in the first cache:
+    there the fewer of a's the better."""
+    return 32 if a_row % _MEETING else 48
 
 
 def _is_turned(matrix: Tensor) -> bool:
@@ -159,6 +189,7 @@ def _matmul(
     more_b: Tensor | None,
     scale: float,
     adds: bool = False,
+    laid: Tensor | None = None,
 ) -> None:
     loaded = products_library()
     if loaded is None or not multiplies():
@@ -167,18 +198,20 @@ def _matmul(
     more_k = 0 if more_a is None else more_a.shape[1]
     blocks = _Blocks.of(m, n, k, more_k, turned=_is_turned(a))
     room = torch.empty(blocks.room_bytes, dtype=torch.uint8) if room is None else room
-    places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c))
+    strip = _strip(max(a.stride())) if a.stride(1) == 1 else 32
+    laid = laid if laid is not None and laid.shape[2] == strip and has_tiles() else None
+    places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c, laid))
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
     problem = _Problem(
         *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
-        blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, scale,
+        blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, strip, scale,
     )  # fmt: skip
     loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
 
 
 matmul_ = operator(
     "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale, "
-    "bool adds=False) -> ()",
+    "bool adds=False, Tensor? laid=None) -> ()",
     _matmul,
     lambda *_: None,
 )

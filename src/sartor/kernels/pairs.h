@@ -12,11 +12,13 @@
 struct problem {
     const uint16_t *a, *b, *more_a, *more_b, *bias;
     uint16_t *c;
+    const uint32_t *laid;  // b as `lay_out_all` lays it out, or null
     int64_t m, n, k, more_k;
     int64_t a_row, b_row, more_a_row, more_b_row, c_row;  // from one row in memory to the next
     int64_t a_turned, b_turned, c_turned;                 // k x m, n x k and n x m in memory
     int64_t adds;                                         // to what c holds
     int64_t threads, thread_bytes, panel, depth, task_rows, packed_rows;  // panel: columns of b that are laid out together
+    int64_t strip;                                                        // columns of the panel that lie in a row, by tiles
     float scale;
 };
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sartor.data.pack import IGNORE, Batch
 from sartor.kernels.attention import attends_by_segments, segments_are
 from sartor.kernels.loss import linear_cross_entropy
+from sartor.kernels.prepack import prepacked
 from sartor.kernels.segments import Segments
 from sartor.step.head import Head, Unreadable, find_head, hidden_states
 
@@ -110,9 +111,8 @@ class SumLoss:
         places_N = batch.rows_N * hidden_RTH.shape[1] + batch.columns_N + self._offset
         hidden_NH = hidden_RTH.flatten(0, 1)[torch.as_tensor(places_N, device=hidden_RTH.device)]
         targets_N = batch.targets_RT.flatten()[torch.as_tensor(batch.rows_N * batch.targets_RT.shape[1] + batch.columns_N)]
-        return linear_cross_entropy(
-            hidden_NH, head.module.weight, targets_N, bias_V=head.module.bias, finish=head.finish, factor=factor
-        )
+        weight, bias, laid = head.module.weight, head.module.bias, prepacked(head.module)
+        return linear_cross_entropy(hidden_NH, weight, targets_N, bias_V=bias, finish=head.finish, factor=factor, laid=laid)
 
     def _of_logits(self, model: nn.Module, inputs: dict[str, Any], batch: TensorBatch) -> Tensor:
         """The loss of the columns that are kept, from the model's own logits."""
