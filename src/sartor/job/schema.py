@@ -237,6 +237,12 @@ class StrategyJob:
         "on a CPU, method lora: products with frozen weights in the format of `precision` (exact), or in int8, which is "
         "faster and changes the result a little (docs/cpu.md)",
     )
+    prepack: Literal["auto"] | bool = option(
+        "auto",
+        "on a CPU that multiplies tiles (AMX), where weights are frozen in bfloat16: lay them out for its products once, not in "
+        "every product, which takes twice their memory more; the same result to the bit. `auto`: where that is at most a quarter "
+        "of memory, and the job fits with it",
+    )
     share_prefixes: bool = option(
         False,
         "on a CPU, with packing: what the examples of a row begin with (a template's head, a system prompt) is computed once; "

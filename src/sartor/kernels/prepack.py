@@ -32,6 +32,14 @@ def prepack(model: nn.Module) -> int:
     return len(found)
 
 
+def unpack(model: nn.Module) -> None:
+    """Free what `prepack` laid out."""
+    for module in model.modules():
+        if FORWARD in module._buffers:
+            delattr(module, FORWARD)
+            delattr(module, BACKWARD)
+
+
 def prepacked(module: Any) -> Laid:
     """What `prepack` left with a linear layer, for forward and backward; nothing where the weight was changed since."""
     laid = module._buffers.get(FORWARD), module._buffers.get(BACKWARD)

@@ -19,8 +19,9 @@ from sartor.plan.changes import does_not_fit, more_room
 from sartor.plan.placed import Shortfall
 from sartor.plan.placed_time import place_fastest
 from sartor.plan.plan import Plan
+from sartor.plan.prepack import prepack_note, search_for, wants_prepack, with_prepack
 from sartor.plan.products import frozen_products
-from sartor.plan.search import Choice, search
+from sartor.plan.search import Choice
 from sartor.plan.setting import Setting, batch_order
 from sartor.plan.strategy import Strategy
 from sartor.predict import MemoryForecast, count_trained
@@ -59,7 +60,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     sets = prepare(job, tokenizer, max_length=longest, vocab_size=source.vocab_size)
     order = batch_order(job, sets)
     setting = Setting(
-        job=job,
+        job=with_prepack(job, wants_prepack(job, machine, method, precision, model)),
         source=source,
         machine=machine,
         method=method,
@@ -73,12 +74,13 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
         attention=attention,
         blocks=choosable_blocks(model) if method.recompute else 0,
     )
-    choice = search(setting, longest)
+    setting, choice = search_for(job, setting, longest)
     strategy, forecast, time, shortfall = _placed(setting, choice)
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast, shortfall, choice.missing)
     formats = _why_masters(job, precision, machine)
-    notes = (attention_note, note, formats, inexact, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
+    said = attention_note, note, formats, inexact, prepack_note(strategy, model)
+    notes = (*said, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
         job=job,
         machine=machine,

@@ -86,6 +86,8 @@ def cannot_place(setting: Setting, strategy: Strategy) -> str:
         return "placement is for one process"
     if setting.job.quantise is not None:
         return "quantised weights stay where they are"
+    if strategy.prepack:
+        return "frozen weights that are laid out for products (strategy.prepack) stay where they are"
     if setting.job.strategy.frozen_products == "int8":
         return "frozen weights in int8 (strategy.frozen_products) stay where they are"
     return ""

@@ -34,6 +34,7 @@ def candidates(setting: Setting, row_capacity: int, processes: int = 1) -> Itera
                 recomputed=recomputed,
                 attention=setting.attention,
                 share_prefixes=wanted.share_prefixes,
+                prepack=wanted.prepack is True,
                 layout=layout,
                 processes=processes,
                 expandable_segments=setting.expandable_segments,

@@ -74,6 +74,8 @@ class Strategy:
     """transformers' name of the attention kernel; None leaves it to transformers."""
     share_prefixes: bool = False
     """Whether what the examples of a row begin with lies there once."""
+    prepack: bool = False
+    """Whether frozen weights are laid out once for products by tiles."""
     recomputed: int | None = None
     """Where activations are recomputed, in how many blocks: the first ones, since backward frees what the last ones keep before
     it gets there. None: in all."""
@@ -97,6 +99,7 @@ class Strategy:
         rows = f"packed rows of up to {self.row_capacity} tokens" if self.packing else "one example a row"
         rows += ", joined" if self.joined and self.micro_batch > 1 else ""
         rows += ", shared beginnings computed once" if self.share_prefixes else ""
+        rows += ", frozen weights laid out once" if self.prepack else ""
         attention = f", attention {self.attention}" if self.attention else ""
         fixed = ", segments of fixed size" if self.device.startswith("cuda") and not self.expandable_segments else ""
         devices = f"{self.layout.devices} x {self.device.partition(':')[0]}, {self.layout.describe()}"

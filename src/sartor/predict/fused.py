@@ -128,7 +128,7 @@ def _product(like: torch.Tensor, m: int, n: int, k: int, form: str) -> Operation
 
 def product(args: Sequence[Any]) -> list[Operation]:
     """A call of `matmul_`: its product, with what it adds of low rank."""
-    a, b, c, _, _, more_a, _, _, *adds = args
+    (a, b, c, _, _, more_a), adds = args[:6], len(args) > 8 and args[8]
     (m, k), n, more_k = a.shape, b.shape[1], 0 if more_a is None else more_a.shape[1]
     size, turned = a.element_size(), ("t" if matrix.stride(1) != 1 else "n" for matrix in (a, b))
     made = Operation(
@@ -136,7 +136,7 @@ def product(args: Sequence[Any]) -> list[Operation]:
         family="matmul",
         dtype=str(a.dtype).removeprefix("torch."),
         flops=2 * m * n * (k + more_k),
-        read_bytes=size * ((m + n) * (k + more_k) + (c.numel() if any(adds) else 0)),
+        read_bytes=size * ((m + n) * (k + more_k) + (c.numel() if adds else 0)),
         written_bytes=c.numel() * size,
         made_bytes=0,
         sizes=(1, m, n, k),

@@ -7,6 +7,7 @@ from torch import nn
 from sartor.job.schema import Job
 from sartor.kernels.fuse import fuse
 from sartor.kernels.int8 import quantise_frozen
+from sartor.kernels.prepack import prepack
 from sartor.methods import apply, trained_parameters
 from sartor.model import dissect
 from sartor.step.optim import make_optimizer
@@ -32,6 +33,8 @@ def make_trainable(
     if job.strategy.frozen_products == "int8":
         for stack in dissect(model).stacks:
             quantise_frozen(model.get_submodule(stack.path))
+    if job.strategy.prepack is True:
+        prepack(model)
     precision.cast_trained(trained_parameters(model))
     if recompute:
         enable_recompute(model)

@@ -14,6 +14,7 @@ import torch
 from sartor.errors import DoesNotFit, RunError
 from sartor.job.units import format_bytes
 from sartor.kernels import arena
+from sartor.kernels.prepack import unpack
 from sartor.machine import Machine
 from sartor.machine.heap import give_back_freed_memory
 from sartor.machine.memory import peak_resident_bytes, resident_bytes
@@ -99,9 +100,12 @@ def recover(plan: Plan, bench: Workbench, shortage: Shortage, step: int, say: Ca
         micro_batch=smaller.strategy.micro_batch,
         recompute=smaller.strategy.recompute,
         recomputed=smaller.strategy.recomputed,
+        prepack=plan.strategy.prepack and smaller.strategy.prepack,
     )
     if strategy == plan.strategy:
         raise RunError(wrong, why="no other strategy needs less", remedy="a shorter data.max_length, or another method")
+    if not strategy.prepack:
+        unpack(bench.step.model)
     if strategy.recompute:
         choose_recomputed(bench.step.model, strategy.recomputed)
         enable_recompute(bench.step.model)
@@ -175,9 +179,9 @@ def _least(plan: Plan) -> Plan | None:
     open_ = plan.job.strategy
     found = []
     for recompute in ("none", "full") if open_.recompute == "auto" else (open_.recompute,):
-        pinned = dataclasses.replace(
-            open_, micro_batch=1 if open_.micro_batch == "auto" else open_.micro_batch, recompute=recompute
-        )
+        micro_batch = 1 if open_.micro_batch == "auto" else open_.micro_batch
+        prepack = open_.prepack is True
+        pinned = dataclasses.replace(open_, micro_batch=micro_batch, recompute=recompute, prepack=prepack)
         with contextlib.suppress(DoesNotFit):
             found.append(make(dataclasses.replace(plan.job, strategy=pinned), _with_room(plan, plan.forecast.available_bytes)))
     least = min(found, key=_needs, default=None)

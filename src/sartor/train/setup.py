@@ -29,7 +29,7 @@ from sartor.model import build, load_tokenizer, resolve
 from sartor.model.quantise import check_loadable
 from sartor.placement import PlacedStep
 from sartor.placement.save import load_model
-from sartor.plan import Plan, batch_order, load_dtype
+from sartor.plan import Plan, batch_order, load_dtype, with_prepack
 from sartor.predict.allocator_setting import set_expandable_segments
 from sartor.step import TrainStep, World, make_step, make_trainable, mixes_examples, share_step, splits_prefixes
 from sartor.step.blockwise import check_installed
@@ -111,6 +111,7 @@ def set_up(plan: Plan, checkpoint: Path | None, say: Callable[[str], None], worl
     packing = strategy.packing and _packs(plan, model, source.vocab_size, say)
     if strategy.share_prefixes:
         _check_prefixes(model, source.vocab_size)
+    job = with_prepack(job, strategy.prepack)
     model = make_trainable(model, job, precision, recompute=strategy.recompute, seed=seed)
     with contextlib.nullcontext() if placed is None else head_present(placed):
         step = make_step(model, job, precision, device_kind=torch.device(strategy.device).type)
