@@ -55,7 +55,7 @@ def planned(job: dict[str, Any], device: int, host: int = 4096, **strategy: Any)
         return search(setting, row_capacity)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["sartor.plan.make"], "search", noted)
+        patch.setattr(sys.modules["sartor.plan.prepack"], "search", noted)
         plan = sartor.plan({**job, "machine": machine, "strategy": strategy or "auto"})
     return plan, settings[0]
 

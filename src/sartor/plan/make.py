@@ -78,8 +78,7 @@ def make(job: Job, machine: Machine | None = None) -> Plan:
     strategy, forecast, time, shortfall = _placed(setting, choice)
     if forecast.verdict == "does not fit":
         raise does_not_fit(setting, strategy, forecast, shortfall, choice.missing)
-    formats = _why_masters(job, precision, machine)
-    said = attention_note, note, formats, inexact, prepack_note(strategy, model)
+    said = attention_note, note, _why_masters(job, precision, machine), inexact, prepack_note(strategy, model)
     notes = (*said, choice.note, forecast.drift_note, more_room(setting, strategy, forecast))
     return Plan(
         job=job,
