@@ -231,8 +231,9 @@ class _Rows:
     def __init__(self, heads: int, size: int, segments: Segments, like: Tensor) -> None:
         self._shape = (segments.rows, segments.width, heads, size)
         count = segments.rows * segments.width
-        make = like.new_zeros if segments.padded else like.new_empty
-        self._values = make((count + 1, heads, size))
+        self._values = like.new_empty((count + 1, heads, size))
+        for first, length in segments.padding:
+            self._values.narrow(0, first, length).zero_()
         self._more: dict[int, Tensor] = {}
 
     def put(self, group: Group, part_NHLD: Tensor) -> None:

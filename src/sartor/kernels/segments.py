@@ -61,6 +61,8 @@ class Segments:
         self.rows, self.width, self.window = len(lengths), width, 0
         self.uses: list[str] = []
         """Classes of the modules that attended with these segments, one entry a time."""
+        self.padding: list[tuple[int, int]] = []
+        """First position and number of what is left of a row, where something is."""
         where: list[_Entry] = []
         for row, inside in enumerate(lengths):
             first, own = row * width, len(where)
@@ -68,7 +70,8 @@ class Segments:
                 parent = continues[row][number] if continues else -1
                 where.append((first, length, *(where[own + parent][:2] if parent >= 0 else (0, 0))))
                 first += length
-        self.padded = sum(entry[1] for entry in where) < self.rows * width
+            if first < (row + 1) * width:
+                self.padding.append((first, (row + 1) * width - first))
         longest = LONGEST if products_library() is not None else 0
         by_length = sorted(where, key=lambda entry: -entry[1])
         short = [entry for entry in by_length if entry[1] + entry[3] <= longest]
