@@ -12,6 +12,7 @@ multiplies in float32 and stores nothing. (Weights are split with ties away from
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.kernels.native import Rates, library, operator
+from sartor.kernels.native import Operator, Rates, library
 
 PIECE = 2**18
 """Elements that PyTorch's operators take at once where there is no compiler, so that their temporaries stay in cache."""
@@ -111,6 +112,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 self.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
 
 
+@functools.lru_cache(maxsize=64)  # most parameters of a step have the same
 def _rates(step: float, scale: float, lr: float, beta1: float, beta2: float, eps: float, decay: float) -> dict[str, float]:
     """What an update needs of its hyperparameters, by the names of `native.cpp`."""
     return {
@@ -165,7 +167,7 @@ def _adamw_by_operators(tensors: Sequence[Tensor], rates: dict[str, float]) -> N
     residual.copy_(lower)
 
 
-adamw_ = operator(
+adamw_ = Operator(
     "adamw_(Tensor(a!) weight, Tensor(b!) residual, Tensor gradient, Tensor(c!) first, Tensor(d!) second, Tensor step, "
     "Tensor? scale, float lr, float beta1, float beta2, float eps, float decay) -> ()",
     update,
@@ -200,7 +202,7 @@ def square_sum(gradient: Tensor) -> float | Tensor:
     return float(blocks.sum())
 
 
-gradient_norm = operator(
+gradient_norm = Operator(
     "gradient_norm(Tensor[] gradients) -> Tensor",
     _norm,
     lambda gradients: gradients[0].new_empty((), dtype=torch.float32) if gradients else torch.empty(()),

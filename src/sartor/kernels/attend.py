@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.kernels.native import operator, products_library
+from sartor.kernels.native import Operator, products_library
 
 LONGEST = 512
 """Positions of an example: from about twice as many on, products in bfloat16 by PyTorch are as fast."""
@@ -91,14 +91,14 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-attend_ = operator(
+attend_ = Operator(
     "attend_(Tensor query, Tensor key, Tensor value, Tensor(a!) result, int[] where, float scale, int window) -> ()",
     _attend,
     _nothing,
 )
 """Causal softmax attention of the examples `where` (`NUMBERS` for each) of query P H D, key P G D and value P G E,
 written to the first positions of result, dense. Results do not depend on the number of threads."""
-attend_backward_ = operator(
+attend_backward_ = Operator(
     "attend_backward_(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor(a!) to_query, Tensor(b!) to_key, "
     "Tensor(c!) to_value, Tensor(d!) more_key, Tensor(e!) more_value, int[] where, float scale, int window) -> ()",
     _attend_backward,

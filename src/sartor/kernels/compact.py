@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sartor.kernels.adam import MOMENTS, RESIDUAL, MasterAdamW, merge, split, update
-from sartor.kernels.native import operator
+from sartor.kernels.native import Operator
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -189,7 +189,7 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-adamw_compact_ = operator(
+adamw_compact_ = Operator(
     "adamw_compact_(Tensor(a!) weight, Tensor(b!)? residual, Tensor gradient, Tensor(c!)[] moments, Tensor(d!)[] scales, "
     "Tensor step, Tensor? scale, float lr, float beta1, float beta2, float eps, float decay, int? seed, int number, "
     "int first_part) -> ()",

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sartor.kernels.native import apply, library, operator
+from sartor.kernels.native import PLAIN, Operator, apply, library
 
 FORMATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def suited(*tensors: Tensor) -> bool:
     """Whether the compiled loops take these: formats that they know, all alike, plain tensors on a CPU."""
-    first = tensors[0]
-    return first.dtype in FORMATS and all(
-        tensor.dtype == first.dtype and tensor.device.type == "cpu" and not is_traceable_wrapper_subclass(tensor)
+    dtype = tensors[0].dtype
+    return dtype in FORMATS and all(
+        tensor.dtype == dtype and tensor.is_cpu and (type(tensor) in PLAIN or not is_traceable_wrapper_subclass(tensor))
         for tensor in tensors
     )
 
@@ -173,12 +173,12 @@ def _native_softmax_backward(gradient: Tensor, probabilities: Tensor) -> None:
     kernel(gradient.data_ptr(), probabilities.data_ptr(), gradient.numel() // keys, keys, torch.get_num_threads())
 
 
-norm = operator(
+norm = Operator(
     "rms_norm(Tensor x, Tensor weight, float epsilon, float offset) -> (Tensor, Tensor)",
     _norm,
     lambda x, weight, epsilon, offset: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )
-norm_backward = operator(
+norm_backward = Operator(
     "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scale, float offset, bool trained) -> (Tensor, Tensor)",
     _norm_backward,
     lambda gradient, x, weight, scale, offset, trained: (
@@ -186,23 +186,23 @@ norm_backward = operator(
         scale.new_empty(len(weight) if trained else 0),
     ),
 )
-gated = operator("silu_mul(Tensor gate, Tensor up) -> Tensor", _gated, lambda gate, up: torch.empty_like(gate))
-gated_backward = operator(
+gated = Operator("silu_mul(Tensor gate, Tensor up) -> Tensor", _gated, lambda gate, up: torch.empty_like(gate))
+gated_backward = Operator(
     "silu_mul_backward(Tensor gradient, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _gated_backward,
     lambda gradient, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
 )
-turn = operator(
+turn = Operator(
     "rotate(Tensor x, Tensor cosine, Tensor sine, bool back) -> Tensor",
     _turn,
     lambda x, cosine, sine, back: torch.empty_like(x),
 )
-causal_softmax_ = operator(
+causal_softmax_ = Operator(
     "causal_softmax_(Tensor(a!) scores, int queries, int offset, int window) -> ()",
     _native_softmax,
     lambda scores, queries, offset, window: None,
 )
-softmax_backward_ = operator(
+softmax_backward_ = Operator(
     "softmax_backward_(Tensor(a!) gradient, Tensor probabilities) -> ()",
     _native_softmax_backward,
     lambda gradient, probabilities: None,

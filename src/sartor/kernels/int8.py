@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sartor.kernels.native import library, operator
+from sartor.kernels.native import Operator, library
 
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
 """Instruction sets with which a CPU multiplies int8 without losing sums to saturation, and several times as fast as float32."""
@@ -111,13 +111,13 @@ def _call(kernel: Any, tensors: Sequence[Tensor | None], shape: Sequence[int]) -
     kernel(*places, *map(ctypes.c_int64, shape), ctypes.c_int(torch.get_num_threads()))
 
 
-quantise_rows = operator(
+quantise_rows = Operator(
     "quantise_rows(Tensor x, Tensor? factor) -> (Tensor, Tensor)",
     _quantise,
     lambda x, factor: (torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)),
 )
 """(x * factor) as int8 and the scale of each row: factor has one number a column."""
-dequantise = operator(
+dequantise = Operator(
     "dequantise(Tensor sums, Tensor rows, Tensor? columns, ScalarType dtype) -> Tensor",
     _dequantise,
     lambda sums, rows, columns, dtype: torch.empty_like(sums, dtype=dtype),

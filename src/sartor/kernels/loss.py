@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sartor.kernels.matmul import product
-from sartor.kernels.native import library, operator
+from sartor.kernels.native import Operator, library
 from sartor.kernels.prepack import Laid
 
 CHUNK_BYTES = 96 * 2**20
@@ -306,7 +306,7 @@ def _add(total: Tensor, part: Tensor) -> None:
     native.add_bf16(total.data_ptr(), part.data_ptr(), total.numel(), torch.get_num_threads())
 
 
-linear_cross_entropy_ = operator(
+linear_cross_entropy_ = Operator(
     "linear_cross_entropy_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!) workspace, "
     "Tensor(b!)? to_hidden, Tensor(c!)? to_weight, Tensor(d!)? to_bias, float scale, float cap, float factor, "
     "Tensor? forward=None, Tensor? backward=None) -> Tensor",

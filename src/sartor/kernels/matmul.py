@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sartor.kernels.native import operator, products_library
+from sartor.kernels.native import Operator, products_library
 
 _STEP = 32
 _MEETING = 1024
@@ -60,9 +60,7 @@ def has_tiles() -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether these matrices lie in memory as `multiply` takes them."""
-    return multiplies() and all(
-        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and 1 in tensor.stride() for tensor in tensors
-    )
+    return multiplies() and all(tensor.dtype == torch.bfloat16 and tensor.is_cpu and 1 in tensor.stride() for tensor in tensors)
 
 
 def multiply(
@@ -209,7 +207,7 @@ def _matmul(
     loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
 
 
-matmul_ = operator(
+matmul_ = Operator(
     "matmul_(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? room, Tensor? bias, Tensor? more_a, Tensor? more_b, float scale, "
     "bool adds=False, Tensor? laid=None) -> ()",
     _matmul,

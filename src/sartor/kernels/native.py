@@ -156,16 +156,31 @@ def _put(made: Path, file: Path) -> None:
         made.replace(file)
 
 
-def operator(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """A PyTorch operator `sartor::…`, which fake tensors go through by `shapes` and real ones by `implementation`.
+class Operator:
+    """A PyTorch operator `sartor::…`, which fake tensors go through by `shapes` and real ones by `implementation`: these without
+    PyTorch's dispatcher, which takes longer than a small product, where nothing listens to it.
 
     `torch.library.custom_op` does the same and loads PyTorch's compiler on the first call, which takes seconds.
     """
-    name = schema.partition("(")[0]
-    _OPERATORS.define(schema)
-    _OPERATORS.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sartor::{name}", shapes, lib=_OPERATORS)
-    return getattr(torch.ops.sartor, name).default  # type: ignore[no-any-return]
+
+    def __init__(self, schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+        name = schema.partition("(")[0]
+        _OPERATORS.define(schema)
+        _OPERATORS.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sartor::{name}", shapes, lib=_OPERATORS)
+        self.overload = getattr(torch.ops.sartor, name).default
+        """As PyTorch's dispatch modes see it."""
+        self._implementation = implementation
+
+    def __call__(self, first: Any, *others: Any) -> Any:
+        plain = type(first) in PLAIN and not first.is_meta
+        if plain and not torch._C._len_torch_dispatch_stack() and not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            return self._implementation(first, *others)
+        return self.overload(first, *others)
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""What tensors are where nothing wraps them."""
 
 
 class _Unkept:

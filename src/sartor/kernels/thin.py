@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sartor.kernels.matmul import has_tiles, multiply
-from sartor.kernels.native import operator, products_library
+from sartor.kernels.native import Operator, products_library
 
 _LEAST_ROWS = 16
 _ROWS, _MOST_PARTS = 256, 16
@@ -102,7 +102,7 @@ def _thin(
     loaded.thin(ctypes.byref(one), ctypes.c_void_p(room.data_ptr()))
 
 
-thin_ = operator(
+thin_ = Operator(
     "thin_(Tensor z, Tensor? w, Tensor(a!)? low, Tensor? given, Tensor(b!)? to, Tensor(c!) room, float scale) -> ()",
     _thin,
     lambda *_: None,

@@ -147,16 +147,16 @@ def product(args: Sequence[Any]) -> list[Operation]:
 
 def parts_of(func: Any, args: Sequence[Any]) -> list[Operation] | None:
     """What an operator of Sartor's own does, where that is several things. All but the first are not called for."""
-    if func is linear_cross_entropy_:
+    if func is linear_cross_entropy_.overload:
         parts = head_and_loss(args)
-    elif func is attend_ or func is attend_backward_:
-        parts = attention_of_examples(args, backward=func is attend_backward_)
-    elif func is matmul_:
+    elif func is attend_.overload or func is attend_backward_.overload:
+        parts = attention_of_examples(args, backward=func is attend_backward_.overload)
+    elif func is matmul_.overload:
         parts = product(args)
-    elif func is thin_:
+    elif func is thin_.overload:
         parts = thin(args)
-    elif func is add_low_rank_ or func is low_rank_backward_:
-        parts = low_rank(args, backward=func is low_rank_backward_)
+    elif func is add_low_rank_.overload or func is low_rank_backward_.overload:
+        parts = low_rank(args, backward=func is low_rank_backward_.overload)
     else:
         return None
     return parts[:1] + [dataclasses.replace(part, called=False) for part in parts[1:]]

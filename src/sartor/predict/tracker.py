@@ -100,7 +100,7 @@ class StorageTracker(TorchDispatchMode):
                 self._notebook.note_node()
         if scratch:
             self._note_scratch(scratch)
-        if func is linear_cross_entropy_:
+        if func is linear_cross_entropy_.overload:
             self.ledger.workspaces[self.see(args[4])] = extent_of(args)
         return result
 

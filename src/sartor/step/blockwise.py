@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sartor.errors import JobError
 from sartor.kernels.compact import BLOCK, SMALLEST
-from sartor.kernels.native import operator
+from sartor.kernels.native import Operator
 
 BITS = {"adamw-8bit": 8, "paged-adamw": 32, "paged-adamw-8bit": 8}
 """Of a moment, by `training.optimizer`."""
@@ -123,7 +123,7 @@ class StandIn(torch.optim.Optimizer):
                 state[name] = torch.zeros(blocks, dtype=torch.float32)
 
 
-_adamw_blockwise = operator(
+_adamw_blockwise = Operator(
     "adamw_blockwise_(Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second) -> ()",
     lambda *_: None,
     lambda *_: None,
