@@ -14,6 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from sartor.kernels import arena
+from sartor.kernels.native import library, products_library
 from support import conversations, make_model, write_jsonl
 
 with contextlib.suppress(ImportError):  # not on every machine with an accelerator
@@ -24,21 +26,23 @@ with contextlib.suppress(ImportError):  # not on every machine with an accelerat
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
+KERNELS = pytest.StashKey[Path]()
 
 
-@pytest.fixture(scope="session")
-def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled loops, of all tests and of the processes that they start: compiling takes longer than most of them."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
-    folder.mkdir(exist_ok=True)
-    return folder
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled loops, of all tests and of the processes that they start: compiling takes longer than most of them. They are kept
+    with what pytest keeps, under names that tell what they are made of; workers start when they are there."""
+    kernels = config.stash[KERNELS] = config.cache.mkdir("kernels")  # type: ignore[union-attr]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SARTOR_CACHE", str(kernels.parent))
+        for load in (products_library, library, arena.usable):
+            load()
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, _kernels: Path) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "kernels").symlink_to(_kernels)
+    (cache / "kernels").symlink_to(pytestconfig.stash[KERNELS])
     monkeypatch.setenv("SARTOR_CACHE", str(cache))
 
 
