@@ -15,7 +15,7 @@ from sartor.predict.trace import run_traced_step
 from sartor.predict.whole import trace_job
 from sartor.step import Precision, make_step, make_trainable
 
-from .test_repeat import batches, source
+from .test_repeat import batches, short
 from .test_sharded import CPU
 
 CASES = [
@@ -54,9 +54,8 @@ def counted(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("kind", "method", "mode", "recompute"), CASES)
 def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, recompute: bool) -> None:
-    small: dict[str, Any] = {"num_hidden_layers": 6} if kind == "gemma3_text" else {}
     job = from_mapping({"model": "unused", "data": "unused", "method": method, "prefix": {"length": 5}})
-    precision, model_source = Precision.of(mode), source(kind, **small)
+    precision, model_source = Precision.of(mode), short(kind)
     forecast = trace_job(job, model_source, batches(2), CPU, precision=precision, recompute=recompute, attention=None).peak()
 
     measured = counted(job, model_source, batches(2), precision=precision, recompute=recompute)
@@ -68,9 +67,8 @@ def test_the_forecast_is_what_a_run_counts(kind: str, method: str, mode: str, re
     ("kind", "packing", "recompute"), [("llama", True, False), ("gemma3_text", True, True), ("llama", False, True)]
 )
 def test_attention_by_segments_is_forecast_as_it_runs(kind: str, packing: bool, recompute: bool) -> None:
-    small: dict[str, Any] = {"num_hidden_layers": 6} if kind == "gemma3_text" else {}
     job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
-    precision, model_source = Precision.of("bf16"), source(kind, **small)
+    precision, model_source = Precision.of("bf16"), short(kind)
     given = batches(2, packing=packing)
     options: dict[str, Any] = {"recompute": recompute, "attention": "segments"}
     forecast = trace_job(job, model_source, given, CPU, precision=precision, **options).peak()

@@ -49,6 +49,11 @@ def source(kind: str, **changes: Any) -> ModelSource:
     return ModelSource(path=kind, config=AutoConfig.for_model(kind, **sizes), has_weights=False)
 
 
+def short(kind: str) -> ModelSource:
+    """With so few layers that real steps are quick; of one repeated layer, one more than a trace keeps."""
+    return source(kind, **{"n_layer" if kind == "gpt2" else "num_hidden_layers": KEPT + 1})
+
+
 def batches(micro_batches: int, *, packing: bool = False) -> list[Batch]:
     lengths = [60, 33, 9]
     samples = TokenSet.from_samples(

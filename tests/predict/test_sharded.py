@@ -25,7 +25,7 @@ from sartor.predict.world import fake_world, wrappers_watched
 from sartor.step import Precision, TensorBatch
 
 from .plain import adamw, fill
-from .test_repeat import batches, source
+from .test_repeat import batches, short, source
 
 CPU = Target.of(Device(kind="cpu", index=0, name="cpu", total_bytes=1, available_bytes=1))
 STEPS = 2
@@ -49,7 +49,7 @@ def worker(rank: int, world: int, case: dict[str, Any]) -> int:
 
     mixed = case["mode"] == "bf16-mixed"
     frozen = torch.bfloat16 if mixed and case["method"] == "lora" else torch.float32
-    model = skeleton(source(case["kind"]), dtype=frozen).train()
+    model = skeleton(short(case["kind"]), dtype=frozen).train()
     layers = model.get_submodule("transformer.h" if case["kind"] == "gpt2" else "model.layers")
     if case["method"] == "lora":
         with torch.device("meta"):
@@ -104,7 +104,7 @@ def test_each_rank_counts_what_was_forecast(case: dict[str, Any]) -> None:
     job = from_mapping({"model": "unused", "data": "unused", "method": case["method"]})
     ledger = trace_job(
         job,
-        source(case["kind"]),
+        short(case["kind"]),
         batches(case["micro_batches"]),
         CPU,
         precision=Precision.of(case["mode"]),
