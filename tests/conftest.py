@@ -26,23 +26,23 @@ with contextlib.suppress(ImportError):  # not on every machine with an accelerat
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
-KERNELS = pytest.StashKey[Path]()
+KERNELS = REPOSITORY / "build/tests/kernels"
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Compiled loops, of all tests and of the processes that they start: compiling takes longer than most of them. They are kept
-    with what pytest keeps, under names that tell what they are made of; workers start when they are there."""
-    kernels = config.stash[KERNELS] = config.cache.mkdir("kernels")  # type: ignore[union-attr]
+    between runs, under names that tell what they are made of; workers start when they are there."""
+    KERNELS.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SARTOR_CACHE", str(kernels.parent))
+        patch.setenv("SARTOR_CACHE", str(KERNELS.parent))
         for load in (products_library, library, arena.usable):
             load()
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "kernels").symlink_to(pytestconfig.stash[KERNELS])
+    (cache / "kernels").symlink_to(KERNELS)
     monkeypatch.setenv("SARTOR_CACHE", str(cache))
 
 

@@ -83,7 +83,7 @@ def test_killed_at_a_random_moment_and_resumed_is_the_uninterrupted_run(job_tree
     process.stderr.close()
     reached = len(losses(tmp_path / "run"))
     assert kill_after <= reached < 90
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    sartor.train(job_tree, resume="latest")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert metrics.exists()
 
