@@ -112,9 +112,11 @@ class Bench:
         return subprocess.run(command, check=True, capture_output=True, text=True, env=self.environment()).stdout
 
     def environment(self, *, peer: bool = False) -> dict[str, str]:
-        """Of a child: nothing is fetched, caches lie in the scratch folder."""
+        """Of a child: nothing is fetched, caches lie in the scratch folder, and modules are compiled once, as where packages are
+        installed."""
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.scratch / "datasets")}
         environment |= {"SARTOR_CACHE": str(self.scratch / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if peer:
             environment.pop("PYTHONPATH", None)
         return environment

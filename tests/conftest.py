@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test starts compiles the package anew
 
 import pytest
 import torch
