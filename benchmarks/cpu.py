@@ -14,7 +14,8 @@ speed is useful tokens (padding is not useful) per second from the end of the se
 clock; a CPU second is one that any core spent on the process, what to look at where others use the machine too. Memory is the
 largest resident memory of the process. Sartor runs through its command line, told of 50 passes (what pays in a long run is not
 left out), and is stopped after the first, like all others. "limit" is the share of the arithmetic limit: useful operations
-(`cpu_peers/arithmetic.py`) over time and the best bf16 product measured in the same round.
+(`cpu_peers/arithmetic.py`) over time and the best bf16 product, PyTorch's or Sartor's, just before the run or just after; in
+brackets, over the best that products sustain (medians), which is less where others use the machine.
 
 Peers get a Python of their own, in which `pip install torch trl peft` (litgpt; llamafactory) was run: --peer-python names it.
 A peer whose package it (default: the Python that runs this) cannot import is left out, and the output says so.
@@ -35,7 +36,7 @@ from typing import Any
 
 from common import SHARED, save
 from cpu_peers import sartor_only
-from cpu_peers.arithmetic import useful_flops
+from cpu_peers.arithmetic import SUSTAINED, useful_flops
 from cpu_peers.entrants import ENTRANTS, STANDARD, Entrant, versions
 from cpu_peers.watch import Watched, watch
 
@@ -164,15 +165,16 @@ def without_paths(failure: str) -> str:
     return f"{how}: {output.strip().splitlines()[-1]}" if output.strip() else how
 
 
-def figures(run: Watched, flops_per_token: float, gemm: float) -> dict[str, Any]:
-    """The figures of one run."""
+def figures(run: Watched, flops_per_token: float, around: list[dict[str, float]]) -> dict[str, Any]:
+    """The figures of one run. `around`: rates of products before it and after."""
     tokens = [line["tokens"] for line in run.lines]
     steady = sum(tokens[WARM_UP_STEPS:])
     rate = steady / (run.times[-1] - run.times[WARM_UP_STEPS - 1])
     return {
         "tokens_per_second": rate,
         "tokens_per_cpu_second": steady / (run.cpu_seconds[-1] - run.cpu_seconds[WARM_UP_STEPS - 1]),
-        "limit_share": rate * flops_per_token / gemm,
+        "limit_share": rate * flops_per_token / max(rates["bfloat16"] for rates in around),
+        "sustained_share": rate * flops_per_token / statistics.mean(rates["bfloat16" + SUSTAINED] for rates in around),
         "peak_bytes": run.peak_bytes,
         "first_step_seconds": run.times[0],
         "tokens": sum(tokens),
@@ -192,20 +194,25 @@ def compare(bench: Bench, shape: str, method: str, names: list[str], examples: i
     tokens = sum(length for length, _ in lengths)
     print(f"\n{shape} {method}: {len(data)} examples, {tokens:,} tokens, {sum(k for _, k in lengths):,} of them in the loss")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    rates: list[dict[str, float]] = []
+    rates: list[list[dict[str, float]]] = []
     for number in range(rounds):
-        rates.append(json.loads(bench.tool("arithmetic.py")))
-        gemm = rates[-1]["bfloat16"]
-        print(f"round {number + 1}: best product {gemm / 1e9:.0f} GFLOP/s in bf16, {rates[-1]['float32'] / 1e9:.0f} in float32")
+        rates.append([json.loads(bench.tool("arithmetic.py"))])
+        print(f"round {number + 1}: {_products(rates[-1][-1])}")
         turned = names[number % len(names) :] + names[: number % len(names)]
         for name in turned:
             done = bench.run(ENTRANTS[name], job, steps=steps)
-            made = {"failed": without_paths(done.failure)} if done.failure else figures(done, flops / tokens, gemm)
+            rates[-1].append(json.loads(bench.tool("arithmetic.py")))
+            made = {"failed": without_paths(done.failure)} if done.failure else figures(done, flops / tokens, rates[-1][-2:])
             runs[name].append(made)
-            print(f"  {name:18} {_line(made)}", flush=True)
+            print(f"  {name:18} {_line(made)}; then {_products(rates[-1][-1])}", flush=True)
     flops_per_token = flops / tokens
     result = {"shape": shape, "method": method, "batch": bench.batch, "examples": len(data), "tokens": tokens, "gemm": rates}
     return {**result, "useful_flops_per_token": flops_per_token, "runs": runs, "ratios": _ratios(runs)}
+
+
+def _products(rates: dict[str, float]) -> str:
+    best, sustained = rates["bfloat16"] / 1e9, rates["bfloat16" + SUSTAINED] / 1e9
+    return f"best product {best:.0f} GFLOP/s in bf16, sustained {sustained:.0f}"
 
 
 def _line(made: dict[str, Any]) -> str:
@@ -213,7 +220,7 @@ def _line(made: dict[str, Any]) -> str:
         return f"FAILED {made['failed'][-300:]}"
     return (
         f"{made['tokens_per_second']:7.0f} tokens/s ({made['tokens_per_cpu_second']:5.0f} a CPU second)  "
-        f"limit {made['limit_share']:4.0%}  {made['peak_bytes'] / 2**30:5.2f} GiB  "
+        f"limit {made['limit_share']:4.0%} ({made['sustained_share']:4.0%})  {made['peak_bytes'] / 2**30:5.2f} GiB  "
         f"first step {made['first_step_seconds']:5.1f} s  last loss {made['losses'][-1]:.3f}"
     )
 
