@@ -11,7 +11,7 @@ from matrices import ROUNDING, laid, near, normal
 from sartor.kernels import linear as module
 from sartor.kernels.fuse import fuse, unfuse
 from sartor.kernels.linear import LEAST_ROWS, linear, product_with
-from sartor.kernels.lora import Layer, lora_linears
+from sartor.kernels.lora import Layer, linears
 from sartor.kernels.matmul import has_tiles, multiplies
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
@@ -48,10 +48,10 @@ def test_it_is_the_same_where_no_gradients_are_wanted(rows: int) -> None:
     torch.manual_seed(0)
     x, layer = normal(2, rows, 64), Layer(normal(48, 64), normal(48), normal(5, 64).requires_grad_(), normal(48, 5), scale=0.5)
     with torch.no_grad():
-        alone = linear(x, layer.weight_NK, layer.bias_N), *lora_linears(x, [layer])
+        alone = linear(x, layer.weight_NK, layer.bias_N), *linears(x, [layer])
     assert not any(tensor.requires_grad for tensor in alone)
     assert torch.equal(alone[0], linear(x.requires_grad_(), layer.weight_NK, layer.bias_N))
-    assert torch.equal(alone[1], lora_linears(x, [layer])[0])
+    assert torch.equal(alone[1], linears(x, [layer])[0])
 
 
 @pytest.mark.parametrize("bias", [False, True])

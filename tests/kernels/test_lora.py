@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from sartor.kernels import lora
+from sartor.kernels import linear, lora
 from sartor.kernels.fuse import fuse, unfuse
-from sartor.kernels.lora import MOST_RANK, Layer, lora_linears, lora_of
+from sartor.kernels.lora import MOST_RANK, Layer, linears, lora_of
+from sartor.kernels.matmul import multiplies
 from sartor.kernels.native import products_library
 
 pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
@@ -40,7 +41,7 @@ def test_it_is_the_layer_and_its_adapter(dtype: torch.dtype, rows: int, inside: 
     x, weight, a, b = normal(2, rows, inside), normal(outside, inside), normal(rank, inside), normal(outside, rank)
     constant = normal(outside) if bias else None
     inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
-    (found,) = lora_linears(x, [Layer(weight, constant, a, b, scale=2.0)])
+    (found,) = linears(x, [Layer(weight, constant, a, b, scale=2.0)])
     gradient = normal(2, rows, outside)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     low = F.linear(F.linear(exact[0], exact[1]), exact[2]) * 2.0
@@ -135,13 +136,30 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"x": x.grad.float(), **trained}  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
+def test_trained_layers_with_one_input_are_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention()).to(torch.bfloat16)
+    usual, x, seen = copy.deepcopy(model), torch.randn(40, 24).bfloat16(), []
+    computed = linear.linears
+    monkeypatch.setattr(linear, "linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
+    fuse(model)
+    found, wanted = gradients(model, x), gradients(usual, x)
+    assert seen == [3]
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        assert (found[name] - one).norm() <= 2e-2 * one.norm(), name
+    unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_layers_with_one_input_are_one_function(dtype: torch.dtype, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, usual = attentions(Attention, dtype)
     seen = []
-    computed = lora.lora_linears
-    monkeypatch.setattr(lora, "lora_linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
+    computed = lora.linears
+    monkeypatch.setattr(lora, "linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
     fuse(model)
     x = torch.randn(40, 24).to(dtype)
     found, wanted = gradients(model, x), gradients(usual, x)
@@ -156,8 +174,8 @@ def test_layers_with_one_input_are_one_function(dtype: torch.dtype, least: float
 def test_layers_that_may_have_other_inputs_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model, usual = attentions(Crossed, torch.float32)
     seen = []
-    computed = lora.lora_linears
-    monkeypatch.setattr(lora, "lora_linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
+    computed = lora.linears
+    monkeypatch.setattr(lora, "linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
     fuse(model)
     x = torch.randn(5, 24)
     torch.testing.assert_close(model(x), usual(x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from matrices import laid as matrix
 from matrices import normal
 from sartor.kernels.linear import linear
-from sartor.kernels.lora import Layer, lora_linears
+from sartor.kernels.lora import Layer, linears
 from sartor.kernels.loss import linear_cross_entropy
 from sartor.kernels.matmul import has_tiles, laid_shape, lay_out, multiply
 from sartor.kernels.prepack import BACKWARD, FORWARD, prepack, prepacked, prepacked_bytes, unpack
@@ -72,7 +72,7 @@ def test_layers_and_their_gradients_are_the_same_to_the_bit() -> None:
     plain = Layer(layer.weight, layer.bias, a, b, scale=0.5)
     forward, backward = prepacked(layer)
     packed = plain._replace(forward=forward, backward=backward)
-    for one, other in zip(*(passed(lora_linears(x, [each])[0], [x, a, b]) for each in (packed, plain)), strict=True):
+    for one, other in zip(*(passed(linears(x, [each])[0], [x, a, b]) for each in (packed, plain)), strict=True):
         assert torch.equal(one, other)
     for one, other in zip(
         passed(linear(x, layer.weight, layer.bias, (forward, backward)), [x]),

@@ -14,14 +14,15 @@ import sys
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from sartor.kernels import linear, lora
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
 from sartor.kernels.linear import linear_of
-from sartor.kernels.lora import lora_of, together
+from sartor.kernels.lora import lora_of
 from sartor.kernels.native import library
 
 _NORM = """
@@ -133,7 +134,7 @@ def _mlp_of(module: Any) -> Callable[..., Tensor] | None:
 
 def _run_mlp(module: Any, x: Tensor) -> Tensor:
     layers = module.gate_proj, module.up_proj
-    gate, up = together(layers, [vars(layer).get("forward") for layer in layers], x) or (layer(x) for layer in layers)
+    gate, up = _together(layers, [vars(layer).get("forward") for layer in layers], x) or (layer(x) for layer in layers)
     inner = silu_mul(gate, up) if suited(gate, up) else module.act_fn(gate) * up
     result: Tensor = module.down_proj(inner)
     return result
@@ -179,9 +180,10 @@ _SIBLINGS = "q_proj", "k_proj", "v_proj"
 
 
 def _takes_one_input(module: nn.Module) -> bool:
-    """Whether the layers of an attention's queries, keys and values have adapters and are called with the same, one by one."""
+    """Whether the layers of an attention's queries, keys and values are ours and are called with the same, one by one."""
     layers = [getattr(module, name, None) for name in _SIBLINGS]
-    return all(layer is not None and lora_of(layer) is not None for layer in layers) and _calls_alike(type(module).forward)
+    ours = any(all(layer is not None and of(layer) is not None for layer in layers) for of in (lora_of, linear_of))
+    return ours and _calls_alike(type(module).forward)
 
 
 @functools.cache
@@ -206,8 +208,30 @@ def _sibling(function: ast.expr) -> str:
     return function.attr if own and function.attr in _SIBLINGS else ""  # type: ignore[attr-defined]
 
 
+def _together(modules: Sequence[Any], forwards: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+    """What layers with adapters, or without, make of `x`, in one function; None where it cannot be. `forwards`: theirs."""
+    if any(map(_hooks, modules)):
+        return None
+    first = getattr(forwards[0], "func", None)
+    if first not in _LINEARS or any(getattr(forward, "func", None) is not first for forward in forwards):
+        return None
+    of = _LINEARS[first]
+    layers = [layer for forward in forwards if (layer := of.ready(*forward.args, x)) is not None]
+    result: tuple[Tensor, ...] | None = of.linears(x, layers) if len(layers) == len(forwards) else None
+    return result
+
+
+_LINEARS: dict[Any, Any] = {lora.run: lora, linear.run: linear}
+"""Forwards of layers, and where they are: what makes a layer ready for an input, and the function of several."""
+
+
+def _hooks(module: nn.Module) -> bool:
+    kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, kinds))
+
+
 class _Siblings:
-    """Layers with adapters that an attention calls one after the other with the same input: the first call computes all."""
+    """Layers that an attention calls one after the other with the same input: the first call computes all."""
 
     def __init__(self, attention: Any) -> None:
         self.layers = [getattr(attention, name) for name in _SIBLINGS]
@@ -226,7 +250,7 @@ class _Siblings:
 
     def _layer(self, number: int, x: Tensor, *args: Any, **named: Any) -> Tensor:
         if self.given is not x and not args and not named:
-            self.given, self.made = x, dict(enumerate(together(self.layers, self.forwards, x) or ()))
+            self.given, self.made = x, dict(enumerate(_together(self.layers, self.forwards, x) or ()))
         if self.given is x and number in self.made and not args and not named:
             return self.made.pop(number)
         usual: Tensor = self.forwards[number](x, *args, **named)

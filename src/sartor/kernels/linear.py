@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sartor.kernels.calls import in_one_call
 from sartor.kernels.matmul import has_tiles, multiplies, multiply, takes
 from sartor.kernels.native import apply
 from sartor.kernels.prepack import Laid, prepacked
@@ -29,21 +30,44 @@ def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     """A forward for a plain linear layer in bfloat16; None for anything else, and on processors that cannot."""
     if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not multiplies():
         return None
-    return functools.partial(_run, module)
+    return functools.partial(run, module)
 
 
-def _run(module: nn.Linear, x: Tensor) -> Tensor:
+def run(module: nn.Linear, x: Tensor) -> Tensor:
+    layer = ready(module, x)
+    return nn.Linear.forward(module, x) if layer is None else linears(x, [layer])[0]
+
+
+def ready(module: nn.Linear, x: Tensor) -> Layer | None:
+    """The module's weights, where its products are ours for this input."""
     weight = module.weight
     usual = x.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type) or not takes(weight)
     if usual or (math.prod(x.shape[:-1]) < LEAST_ROWS and not has_tiles()):
-        return nn.Linear.forward(module, x)
-    return linear(x, weight, module.bias, prepacked(module))
+        return None
+    return Layer(weight, module.bias, *prepacked(module))
+
+
+class Layer(NamedTuple):
+    """A linear layer; its weight as `prepack` lays it out, for either pass."""
+
+    weight_NK: Tensor
+    bias_N: Tensor | None = None
+    forward: Tensor | None = None
+    backward: Tensor | None = None
+
+
+_TENSORS = len(Layer._fields)
+
+
+def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """x W^T + bias of each layer, for x … K; all bfloat16."""
+    result: tuple[Tensor, ...] = apply(_Linears, x, *(tensor for layer in layers for tensor in layer))
+    return result
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, laid: Laid = (None, None)) -> Tensor:
-    """x W^T + bias for x … K, all bfloat16. `laid`: the weight as `prepack` lays it out."""
-    result: Tensor = apply(_Linear, x, weight_NK, bias_N, *laid)
-    return result
+    """`linears` of one. `laid`: the weight as `prepack` lays it out."""
+    return linears(x, [Layer(weight_NK, bias_N, *laid)])[0]
 
 
 def product_with(
@@ -65,22 +89,37 @@ def product_with(
     return y_MN if bias_N is None else y_MN.add_(bias_N)
 
 
-class _Linear(torch.autograd.Function):
+def _layers(tensors: Sequence[Any]) -> list[Layer]:
+    return [Layer._make(tensors[first : first + _TENSORS]) for first in range(0, len(tensors), _TENSORS)]
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, forward: Tensor | None, backward: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(x_MK, weight_NK, backward)
-        return product_with(weight_NK, x_MK, bias_N=bias_N, laid=forward).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x_MK, *tensors)
+        with in_one_call(x, when=len(x_MK) >= LEAST_ROWS):
+            made = [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward) for of in _layers(tensors)]
+        return tuple(y_MN.view(*x.shape[:-1], -1) for y_MN in made)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        x_MK, weight_NK, laid = ctx.saved_tensors
-        gradient_MN = given[0].reshape(-1, given[0].shape[-1]).contiguous()
-        to_x = multiply(gradient_MN, weight_NK, laid=laid).view(*given[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        to_weight_NK = None
-        if ctx.needs_input_grad[1]:  # where results are taller than wide PyTorch's products by pairs are faster
-            tall = weight_NK.shape[0] > weight_NK.shape[1] and not has_tiles()
-            to_weight_NK = torch.mm(gradient_MN.t(), x_MK) if tall else multiply(gradient_MN.t(), x_MK)
-        return to_x, to_weight_NK, gradient_MN.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        x_MK, *tensors = ctx.saved_tensors
+        gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
+        to_x_MK, to_layers = None, []
+        with in_one_call(x_MK):
+            for number, (layer, gradient_MN) in enumerate(zip(_layers(tensors), gradients, strict=True)):
+                if ctx.needs_input_grad[0]:
+                    adds = to_x_MK is not None
+                    to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, adds=adds, laid=layer.backward)
+                trained = ctx.needs_input_grad[1 + _TENSORS * number :]
+                to_weight_NK = _to_weight(gradient_MN, x_MK) if trained[0] else None
+                to_layers += [to_weight_NK, gradient_MN.sum(0) if trained[1] else None, None, None]
+        return None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1), *to_layers
+
+
+def _to_weight(gradient_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """The gradient of a weight. Where results are taller than wide, PyTorch's products by pairs are faster."""
+    if gradient_MN.shape[1] > x_MK.shape[1] and not has_tiles():
+        return torch.mm(gradient_MN.t(), x_MK)
+    return multiply(gradient_MN.t(), x_MK)

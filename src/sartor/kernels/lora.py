@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sartor.kernels.calls import in_one_call
 from sartor.kernels.fused import FORMATS, suited
-from sartor.kernels.linear import product_with
+from sartor.kernels.linear import LEAST_ROWS, product_with
 from sartor.kernels.matmul import multiply, takes
 from sartor.kernels.native import Operator, apply, products_library
 from sartor.kernels.prepack import prepacked
@@ -52,33 +53,19 @@ def lora_of(module: Any) -> Callable[..., Tensor] | None:
     dropout = module.lora_dropout[name]
     if module.r[name] > MOST_RANK or not (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0):
         return None
-    return functools.partial(_run, module, name)
+    return functools.partial(run, module, name)
 
 
-def _run(module: Any, name: str, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    layer = None if args or named else _ready((module, name), x)
+def run(module: Any, name: str, x: Tensor, *args: Any, **named: Any) -> Tensor:
+    layer = None if args or named else ready(module, name, x)
     if layer is None:
         result: Tensor = type(module).forward(module, x, *args, **named)
         return result
-    return lora_linears(x, [layer])[0]
+    return linears(x, [layer])[0]
 
 
-def together(modules: Sequence[Any], forwards: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
-    """What these modules make of `x`, in one function; None where it cannot be. `forwards`: theirs, of `lora_of`."""
-    if not all(getattr(forward, "func", None) is _run for forward in forwards) or any(map(_hooks, modules)):
-        return None
-    layers = [layer for forward in forwards if (layer := _ready(forward.args, x)) is not None]
-    return lora_linears(x, layers) if len(layers) == len(forwards) else None
-
-
-def _hooks(module: nn.Module) -> bool:
-    kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, kinds))
-
-
-def _ready(of: tuple[Any, str], x: Tensor) -> Layer | None:
+def ready(module: Any, name: str, x: Tensor) -> Layer | None:
     """The module's layer and adapter, where nothing keeps them from being one function now."""
-    module, name = of
     layer, a, b = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
     usual = module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type)
     if usual or not suited(x, layer.weight, a, b):
@@ -101,7 +88,7 @@ class Layer(NamedTuple):
 _TENSORS = len(Layer._fields) - 1
 
 
-def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x W^T + bias + scale (x A^T) B^T of each layer for x … K, one of the formats of `fused.suited`; W and bias get no
     gradient."""
     tensors = (tensor for layer in layers for tensor in layer[:_TENSORS])
@@ -118,7 +105,8 @@ class _LoRALinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x_MK, layers = x.reshape(-1, x.shape[-1]).contiguous(), _layers(scales, tensors)
         ctx.pairs = all(takes(layer.weight_NK) for layer in layers)
-        y_MNs, lows = (_in_pairs if ctx.pairs else _in_floats)(layers, x_MK)
+        with in_one_call(x, when=ctx.pairs and len(x_MK) >= LEAST_ROWS):
+            y_MNs, lows = (_in_pairs if ctx.pairs else _in_floats)(layers, x_MK)
         ctx.save_for_backward(x_MK, *lows, *tensors)
         ctx.scales = scales
         return tuple(y_MN.view(*x.shape[:-1], -1) for y_MN in y_MNs)
@@ -130,7 +118,8 @@ class _LoRALinears(torch.autograd.Function):
         lows, layers = saved[: -_TENSORS * count], _layers(ctx.scales, saved[-_TENSORS * count :])
         gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
         back = _in_pairs_backward if ctx.pairs else _in_floats_backward
-        to_x_MK, to_abs = back(layers, gradients, x_MK, lows, wanted=ctx.needs_input_grad[0])
+        with in_one_call(x_MK, when=ctx.pairs):
+            to_x_MK, to_abs = back(layers, gradients, x_MK, lows, wanted=ctx.needs_input_grad[0])
         to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
         return to_x, None, *(tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b, None, None))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sartor.kernels.calls import call, room_of
 from sartor.kernels.native import Operator, products_library
 
 _STEP = 32
@@ -84,7 +85,7 @@ def multiply(
         c_MN = a_MK.new_empty(m, n)
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
-        room = a_MK.new_empty(_Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes, dtype=torch.uint8)
+        room = room_of(a_MK, _Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes)
         matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds, laid)
     return c_MN
 
@@ -195,7 +196,6 @@ def _matmul(
     (m, k), n = a.shape, b.shape[1]
     more_k = 0 if more_a is None else more_a.shape[1]
     blocks = _Blocks.of(m, n, k, more_k, turned=_is_turned(a))
-    room = torch.empty(blocks.room_bytes, dtype=torch.uint8) if room is None else room
     strip = _strip(max(a.stride())) if a.stride(1) == 1 else 32
     laid = laid if laid is not None and laid.shape[2] == strip and has_tiles() else None
     places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c, laid))
@@ -204,7 +204,7 @@ def _matmul(
         *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
         blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, strip, scale,
     )  # fmt: skip
-    loaded.matmul(ctypes.byref(problem), ctypes.c_void_p(room.data_ptr()))
+    call(loaded.matmul, problem, room, blocks.room_bytes, a, b, c, bias, more_a, more_b, laid)
 
 
 matmul_ = Operator(

@@ -115,6 +115,16 @@ extern "C" {
 
 int64_t block() { return BLOCK; }
 
+// What calls.py gathers: where pointers to functions of ours are, and what these take.
+struct call {
+    void (*const *run)(const void *of, char *room);
+    const void *of;
+};
+
+void run_calls(const call *calls, int64_t count, char *room) {
+    for (int64_t i = 0; i < count; i++) (*calls[i].run)(calls[i].of, room);
+}
+
 int cross_entropy_bf16(bf16 *logits, int64_t stride, int64_t rows, int64_t width, const int64_t *targets, float *losses, float scale,
                        float cap, float factor, int threads) {
     return cross_entropy(logits, stride, rows, width, targets, losses, scale, cap, factor, threads);

@@ -173,10 +173,14 @@ class Operator:
         self._implementation = implementation
 
     def __call__(self, first: Any, *others: Any) -> Any:
-        plain = type(first) in PLAIN and not first.is_meta
-        if plain and not torch._C._len_torch_dispatch_stack() and not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        if type(first) in PLAIN and not first.is_meta and not listened_to():
             return self._implementation(first, *others)
         return self.overload(first, *others)
+
+
+def listened_to() -> bool:
+    """Whether something is to see every operator: a dispatch mode, or PyTorch's profiler."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -218,6 +222,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         _set(loaded, f"softmax_backward_{kind}", (at, at, many, many, flag))
     _set(loaded, "add_bf16", (at, at, many, flag))
     _set(loaded, "block", (), many)
+    _set(loaded, "run_calls", (at, many, at))
 
 
 def _set(loaded: ctypes.CDLL, name: str, arguments: tuple[type, ...], result: type | None = None) -> None:

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from sartor.kernels.calls import call, room_of
 from sartor.kernels.matmul import has_tiles, multiply
 from sartor.kernels.native import Operator, products_library
 
@@ -69,9 +70,8 @@ def _parts(rows: int, *, sums: bool) -> int:
     return min(-(-rows // _ROWS), _MOST_PARTS) if sums else -(-rows // _ROWS_ALONE)
 
 
-def _room(z_MC: Tensor, low_MR: Tensor, *, sums: bool = True) -> Tensor:
-    size = _room_bytes(*z_MC.shape, low_MR.shape[1], sums, torch.get_num_threads())
-    return z_MC.new_empty(size, dtype=torch.uint8)
+def _room(z_MC: Tensor, low_MR: Tensor, *, sums: bool = True) -> Tensor | None:
+    return room_of(z_MC, _room_bytes(*z_MC.shape, low_MR.shape[1], sums, torch.get_num_threads()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,7 +86,7 @@ def _room_bytes(rows: int, columns: int, rank: int, sums: bool, threads: int) ->
 
 
 def _thin(
-    z: Tensor, w: Tensor | None, low: Tensor | None, given: Tensor | None, to: Tensor | None, room: Tensor, scale: float
+    z: Tensor, w: Tensor | None, low: Tensor | None, given: Tensor | None, to: Tensor | None, room: Tensor | None, scale: float
 ) -> None:
     loaded = products_library()
     if loaded is None or not has_tiles():
@@ -99,11 +99,12 @@ def _thin(
     one = _Pass(
         *places, *z.shape, rank, *rows, *turned, _parts(z.shape[0], sums=given is not None), torch.get_num_threads(), scale
     )
-    loaded.thin(ctypes.byref(one), ctypes.c_void_p(room.data_ptr()))
+    size = _room_bytes(*z.shape, rank, given is not None, torch.get_num_threads())
+    call(loaded.thin, one, room, size, *matrices)
 
 
 thin_ = Operator(
-    "thin_(Tensor z, Tensor? w, Tensor(a!)? low, Tensor? given, Tensor(b!)? to, Tensor(c!) room, float scale) -> ()",
+    "thin_(Tensor z, Tensor? w, Tensor(a!)? low, Tensor? given, Tensor(b!)? to, Tensor(c!)? room, float scale) -> ()",
     _thin,
     lambda *_: None,
 )
