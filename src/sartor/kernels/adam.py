@@ -20,12 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.kernels.native import Operator, Rates, library
+from sartor.kernels.calls import call, in_one_call
+from sartor.kernels.native import Operator, library
 
 PIECE = 2**18
 """Elements that PyTorch's operators take at once where there is no compiler, so that their temporaries stay in cache."""
 DEVICE_PIECE = 2**22
 """The same on an accelerator, where temporaries are to be few and operators large."""
+
+_RATES = "scale", "decay", "first", "second", "kept", "step", "correction", "epsilon"
+
+
+class _Update(ctypes.Structure):
+    """`struct to_update` of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "residual", "gradient", "first_moment", "second_moment")),
+        *((name, ctypes.c_int64) for name in ("count", "threads")),
+        *((name, ctypes.c_float) for name in _RATES),
+    )
+
+
+class _Squares(ctypes.Structure):
+    """`struct to_square` of native.cpp."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("values", "sums")), ("count", ctypes.c_int64), ("threads", ctypes.c_int64))
+
 
 RESIDUAL = "residual"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,6 +71,9 @@ class MasterAdamW(torch.optim.Optimizer):
     A parameter's residual is state like its moments. `start`: residuals of parameters that were split from float32; others
     start as the float32 that their bfloat16 is. Gradients may be bfloat16 or float32.
     """
+
+    _in_one_call = True
+    """Whether nothing that an update computes is read before the last one."""
 
     def __init__(
         self,
@@ -85,9 +108,10 @@ class MasterAdamW(torch.optim.Optimizer):
         for parameter, _ in updated:  # all memory first: where there is too little, nothing has changed
             if "step" not in self.state[parameter]:
                 self.state[parameter] |= self._moments(parameter) | {"step": torch.zeros(())}
-        for parameter, group in updated:
-            torch.autograd.graph.increment_version(parameter)  # operators of our own do not
-            self._update(parameter, group)
+        with in_one_call(when=self._in_one_call):
+            for parameter, group in updated:
+                torch.autograd.graph.increment_version(parameter)  # operators of our own do not
+                self._update(parameter, group)
         self.scale = None
         return loss
 
@@ -115,16 +139,8 @@ class MasterAdamW(torch.optim.Optimizer):
 @functools.lru_cache(maxsize=64)  # most parameters of a step have the same
 def _rates(step: float, scale: float, lr: float, beta1: float, beta2: float, eps: float, decay: float) -> dict[str, float]:
     """What an update needs of its hyperparameters, by the names of `native.cpp`."""
-    return {
-        "scale": scale,
-        "decay": 1 - lr * decay,
-        "first": 1 - beta1,
-        "second": 1 - beta2,
-        "kept": beta2,
-        "step": lr / (1 - beta1**step),
-        "correction": math.sqrt(1 - beta2**step),
-        "epsilon": eps,
-    }
+    corrected, correction = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    return dict(zip(_RATES, (scale, 1 - lr * decay, 1 - beta1, 1 - beta2, beta2, corrected, correction, eps), strict=True))
 
 
 def update(
@@ -145,7 +161,7 @@ def update(
     if native is not None:
         kernel = native.adamw_bf16 if gradient.dtype == torch.bfloat16 else native.adamw_f32
         places = [tensor.data_ptr() for tensor in tensors]
-        kernel(*places, weight.numel(), ctypes.byref(Rates(**rates)), torch.get_num_threads())
+        call(kernel, _Update(*places, weight.numel(), torch.get_num_threads(), *rates.values()), None, 0, *tensors)
     elif all(tensor.is_contiguous() for tensor in tensors):
         size = PIECE if weight.is_cpu else DEVICE_PIECE
         for piece in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
@@ -176,7 +192,9 @@ adamw_ = Operator(
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    return norm_of_squares([square_sum(gradient) for gradient in gradients], gradients[0].device if gradients else None)
+    with in_one_call():
+        parts = [_squares(gradient) for gradient in gradients]
+    return norm_of_squares(list(map(_sum, parts)), gradients[0].device if gradients else None)
 
 
 def norm_of_squares(squares: Sequence[float | Tensor], device: torch.device | None) -> Tensor:
@@ -189,6 +207,15 @@ def norm_of_squares(squares: Sequence[float | Tensor], device: torch.device | No
 
 def square_sum(gradient: Tensor) -> float | Tensor:
     """The sum of squares, in float32 by blocks and in float64 over them; on an accelerator a tensor, for which nobody waits."""
+    return _sum(_squares(gradient))
+
+
+def _sum(parts: float | Tensor) -> float | Tensor:
+    return float(parts.sum()) if isinstance(parts, Tensor) and parts.is_cpu else parts
+
+
+def _squares(gradient: Tensor) -> float | Tensor:
+    """The sums of squares of blocks, on a CPU, or of all."""
     if not gradient.is_cpu:
         norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         return norm.double().square()
@@ -198,8 +225,9 @@ def square_sum(gradient: Tensor) -> float | Tensor:
     gradient = gradient.contiguous()
     blocks = torch.empty(-(-gradient.numel() // native.block()), dtype=torch.float64)
     kernel = native.squares_bf16 if gradient.dtype == torch.bfloat16 else native.squares_f32
-    kernel(gradient.data_ptr(), gradient.numel(), blocks.data_ptr(), torch.get_num_threads())
-    return float(blocks.sum())
+    problem = _Squares(gradient.data_ptr(), blocks.data_ptr(), gradient.numel(), torch.get_num_threads())
+    call(kernel, problem, None, 0, gradient, blocks)
+    return blocks
 
 
 gradient_norm = Operator(

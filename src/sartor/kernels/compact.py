@@ -91,6 +91,8 @@ class CompactAdamW(MasterAdamW):
     bfloat16 weights without residual; None: to the nearest.
     """
 
+    _in_one_call = False  # codes are made of each update's results
+
     def __init__(
         self,
         params: Iterable[Any],

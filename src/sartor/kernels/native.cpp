@@ -74,15 +74,22 @@ int cross_entropy(T *logits, int64_t stride, int64_t rows, int64_t width, const 
     return failed;
 }
 
+struct to_square {  // field by field `_Squares` of adam.py
+    const void *values;
+    double *sums;  // of blocks
+    int64_t count, threads;
+};
+
 template <class T>
-void squares(const T *values, int64_t count, double *sums, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
-    for (int64_t first = 0; first < count; first += BLOCK) {
-        const int64_t end = first + BLOCK < count ? first + BLOCK : count;
+void squares(const to_square &of) {
+    const T *values = static_cast<const T *>(of.values);
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : of.count > LEAST)
+    for (int64_t first = 0; first < of.count; first += BLOCK) {
+        const int64_t end = first + BLOCK < of.count ? first + BLOCK : of.count;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = first; i < end; i++) sum += load(values + i) * load(values + i);
-        sums[first / BLOCK] = sum;
+        of.sums[first / BLOCK] = sum;
     }
 }
 
@@ -90,12 +97,24 @@ struct Rates {  // adam.py says what they are
     float scale, decay, first, second, kept, step, correction, epsilon;
 };
 
+struct to_update {  // field by field `_Update` of adam.py
+    bf16 *weight;
+    int16_t *residual;
+    const void *gradient;
+    float *first, *second;
+    int64_t count, threads;
+    Rates rates;
+};
+
 template <class T>
-void adamw(bf16 *weight, int16_t *residual, const T *gradient, float *first, float *second, int64_t count, const Rates *rates,
-           int threads) {
-    const Rates k = *rates;
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : count > LEAST / 8)
-    for (int64_t i = 0; i < count; i++) {
+void adamw(const to_update &of) {
+    const Rates k = of.rates;
+    bf16 *weight = of.weight;
+    int16_t *residual = of.residual;
+    const T *gradient = static_cast<const T *>(of.gradient);
+    float *first = of.first, *second = of.second;
+#pragma omp parallel for simd schedule(static) num_threads(int(of.threads)) if (parallel : of.count > LEAST / 8)
+    for (int64_t i = 0; i < of.count; i++) {
         float g = load(gradient + i) * k.scale;  // 26 bytes each
         float m = plus(k.first, g - first[i], first[i]);
         float v = plus(k.second * g, g, second[i] * k.kept);
@@ -141,17 +160,11 @@ void add_bf16(float *total, const bf16 *part, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i++) total[i] += load(part + i);
 }
 
-void squares_bf16(const bf16 *values, int64_t count, double *sums, int threads) { squares(values, count, sums, threads); }
+void squares_bf16(const to_square *of, char *) { squares<bf16>(*of); }
 
-void squares_f32(const float *values, int64_t count, double *sums, int threads) { squares(values, count, sums, threads); }
+void squares_f32(const to_square *of, char *) { squares<float>(*of); }
 
-void adamw_bf16(bf16 *weight, int16_t *residual, const bf16 *gradient, float *first, float *second, int64_t count,
-                const Rates *rates, int threads) {
-    adamw(weight, residual, gradient, first, second, count, rates, threads);
-}
+void adamw_bf16(const to_update *of, char *) { adamw<bf16>(*of); }
 
-void adamw_f32(bf16 *weight, int16_t *residual, const float *gradient, float *first, float *second, int64_t count,
-               const Rates *rates, int threads) {
-    adamw(weight, residual, gradient, first, second, count, rates, threads);
-}
+void adamw_f32(const to_update *of, char *) { adamw<float>(*of); }
 }

@@ -200,19 +200,10 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(_Unkept(), *arguments)
 
 
-class Rates(ctypes.Structure):
-    """`struct rates` of native.cpp."""
-
-    NAMES = ("scale", "decay", "first", "second", "kept", "step", "correction", "epsilon")
-    _fields_ = tuple((name, ctypes.c_float) for name in NAMES)
-
-
 def _declare(loaded: ctypes.CDLL) -> None:
     at, many, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for kind in ("bf16", "f32"):
         _set(loaded, f"cross_entropy_{kind}", (at, many, many, many, at, at, real, real, real, flag), flag)
-        _set(loaded, f"squares_{kind}", (at, many, at, flag))
-        _set(loaded, f"adamw_{kind}", (at, at, at, at, at, many, ctypes.POINTER(Rates), flag))
         _set(loaded, f"rms_norm_{kind}", (at, at, at, at, many, many, real, real, flag))
         _set(loaded, f"rms_norm_backward_{kind}", (at, at, at, at, at, at, many, many, real, flag), flag)
         _set(loaded, f"silu_mul_{kind}", (at, at, at, many, flag))
