@@ -35,21 +35,24 @@ _waiting = _Waiting()
 
 class in_one_call:  # noqa: N801 - reads as a statement
     """Within it, loops that are called by `call` wait, and run at its end: until then their results are not there. Memory that
-    they work in is allocated then, as `like` is, once for all. Nothing runs where an exception leaves it."""
+    they work in is allocated then, as `like` is, once for all. Nothing runs where an exception leaves it. Within
+    another one it is a part of that."""
 
     def __init__(self, like: Tensor | None = None, *, when: bool = True) -> None:
         self._like, self._when = like, when
 
     def __enter__(self) -> None:
-        self._outer = _waiting.calls, _waiting.room_bytes
+        self._when = self._when and _waiting.room_bytes is None
         if self._when:
             _waiting.calls = None if listened_to() else []
             _waiting.room_bytes = 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._when:
+            return
         calls, size = _waiting.calls, _waiting.room_bytes
-        _waiting.calls, _waiting.room_bytes = self._outer
-        if kind is not None or not self._when:
+        _waiting.calls, _waiting.room_bytes = None, None
+        if kind is not None:
             return
         room = self._like.new_empty(size, dtype=torch.uint8) if size and self._like is not None else None
         if calls:

@@ -23,6 +23,7 @@ from sartor.kernels import linear, lora
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
 from sartor.kernels.linear import linear_of
 from sartor.kernels.lora import lora_of
+from sartor.kernels.mlp import mlp
 from sartor.kernels.native import library
 
 _NORM = """
@@ -133,8 +134,12 @@ def _mlp_of(module: Any) -> Callable[..., Tensor] | None:
 
 
 def _run_mlp(module: Any, x: Tensor) -> Tensor:
-    layers = module.gate_proj, module.up_proj
-    gate, up = _together(layers, [vars(layer).get("forward") for layer in layers], x) or (layer(x) for layer in layers)
+    layers = module.gate_proj, module.up_proj, module.down_proj
+    forwards = [vars(layer).get("forward") for layer in layers]
+    of, ready = _ready(layers, forwards, x)
+    if of is not None and not _hooks(module.act_fn):
+        return mlp(x, of, ready)
+    gate, up = _together(layers[:2], forwards[:2], x) or (layer(x) for layer in layers[:2])
     inner = silu_mul(gate, up) if suited(gate, up) else module.act_fn(gate) * up
     result: Tensor = module.down_proj(inner)
     return result
@@ -210,15 +215,19 @@ def _sibling(function: ast.expr) -> str:
 
 def _together(modules: Sequence[Any], forwards: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
     """What layers with adapters, or without, make of `x`, in one function; None where it cannot be. `forwards`: theirs."""
-    if any(map(_hooks, modules)):
-        return None
-    first = getattr(forwards[0], "func", None)
-    if first not in _LINEARS or any(getattr(forward, "func", None) is not first for forward in forwards):
-        return None
-    of = _LINEARS[first]
-    layers = [layer for forward in forwards if (layer := of.ready(*forward.args, x)) is not None]
-    result: tuple[Tensor, ...] | None = of.linears(x, layers) if len(layers) == len(forwards) else None
+    of, layers = _ready(modules, forwards, x)
+    result: tuple[Tensor, ...] | None = None if of is None else of.linears(x, layers)
     return result
+
+
+def _ready(modules: Sequence[Any], forwards: Sequence[Any], x: Tensor) -> tuple[Any, list[Any]]:
+    """Where the functions of these layers are, if they may be computed as one, and the layers."""
+    first = getattr(forwards[0], "func", None)
+    of = None if any(map(_hooks, modules)) else _LINEARS.get(first)
+    if of is None or any(getattr(forward, "func", None) is not first for forward in forwards):
+        return None, []
+    layers = [layer for forward in forwards if (layer := of.ready(*forward.args, x)) is not None]
+    return (of, layers) if len(layers) == len(forwards) else (None, [])
 
 
 _LINEARS: dict[Any, Any] = {lora.run: lora, linear.run: linear}

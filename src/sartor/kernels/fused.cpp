@@ -78,9 +78,18 @@ inline float sigmoid(float x) {
 
 constexpr int64_t AT_ONCE = 1024;  // numbers, of one thread
 
+struct to_gate {  // field by field `_Gate` of fused.py
+    const void *gradient, *gate, *up;
+    void *result, *also;  // the gate's gradient and up's
+    int64_t count, threads;
+};
+
 template <class T>
-void gated(const T *gate, const T *up, T *y, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
+void gated(const to_gate &of) {
+    const T *gate = static_cast<const T *>(of.gate), *up = static_cast<const T *>(of.up);
+    T *y = static_cast<T *>(of.result);
+    const int64_t count = of.count;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : count > LEAST)
     for (int64_t at = 0; at < count; at += AT_ONCE)
         store_each(y + at, count - at < AT_ONCE ? count - at : AT_ONCE, [=](int64_t i) {
             const float a = load(gate + at + i);
@@ -89,8 +98,11 @@ void gated(const T *gate, const T *up, T *y, int64_t count, int threads) {
 }
 
 template <class T>
-void gated_backward(const T *g, const T *gate, const T *up, T *dgate, T *dup, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count > LEAST)
+void gated_backward(const to_gate &of) {
+    const T *g = static_cast<const T *>(of.gradient), *gate = static_cast<const T *>(of.gate), *up = static_cast<const T *>(of.up);
+    T *dgate = static_cast<T *>(of.result), *dup = static_cast<T *>(of.also);
+    const int64_t count = of.count;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : count > LEAST)
     for (int64_t at = 0; at < count; at += AT_ONCE) {
         const int64_t some = count - at < AT_ONCE ? count - at : AT_ONCE;
         float s[AT_ONCE];
@@ -244,10 +256,8 @@ void dequantise(const int32_t *sums, const float *s, const float *c, T *y, int64
                                  int64_t width, float offset, int threads) {                                                    \
         return norm_backward(g, x, w, r, dx, dw, rows, width, offset, threads);                                                 \
     }                                                                                                                           \
-    void silu_mul_##KIND(const T *gate, const T *up, T *y, int64_t count, int threads) { gated(gate, up, y, count, threads); }  \
-    void silu_mul_backward_##KIND(const T *g, const T *gate, const T *up, T *dgate, T *dup, int64_t count, int threads) {       \
-        gated_backward(g, gate, up, dgate, dup, count, threads);                                                                \
-    }                                                                                                                           \
+    void silu_mul_##KIND(const to_gate *of, char *) { gated<T>(*of); }                                                          \
+    void silu_mul_backward_##KIND(const to_gate *of, char *) { gated_backward<T>(*of); }                                        \
     void rotate_##KIND(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_t positions, int64_t heads,        \
                        int64_t size, int64_t angle_rows, int back, int threads) {                                               \
         turn(x, y, cosine, sine, rows, positions, heads, size, angle_rows, back, threads);                                      \

@@ -10,13 +10,25 @@ Shapes: R rows, T positions, H heads, D size of a head, N all positions, C chann
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sartor.kernels.calls import call
 from sartor.kernels.native import PLAIN, Operator, apply, library
+
+
+class _Gate(ctypes.Structure):
+    """`struct to_gate` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gradient", "gate", "up", "result", "also")),
+        *((name, ctypes.c_int64) for name in ("count", "threads")),
+    )
+
 
 FORMATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -123,14 +135,16 @@ def _norm_backward(
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
-    _native(gate, "silu_mul")(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads())
+    places = None, gate.data_ptr(), up.data_ptr(), y.data_ptr(), None
+    call(_native(gate, "silu_mul"), _Gate(*places, y.numel(), torch.get_num_threads()), None, 0, gate, up, y)
     return y
 
 
 def _gated_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-    places = [tensor.data_ptr() for tensor in (gradient, gate, up, to_gate, to_up)]
-    _native(gate, "silu_mul_backward")(*places, gate.numel(), torch.get_num_threads())
+    tensors = gradient, gate, up, to_gate, to_up
+    of = _Gate(*(tensor.data_ptr() for tensor in tensors), gate.numel(), torch.get_num_threads())
+    call(_native(gate, "silu_mul_backward"), of, None, 0, *tensors)
     return to_gate, to_up
 
 

@@ -61,7 +61,7 @@ _TENSORS = len(Layer._fields)
 
 def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x W^T + bias of each layer, for x … K; all bfloat16."""
-    result: tuple[Tensor, ...] = apply(_Linears, x, *(tensor for layer in layers for tensor in layer))
+    result: tuple[Tensor, ...] = apply(_Linears, x, *tensors(layers))
     return result
 
 
@@ -89,33 +89,62 @@ def product_with(
     return y_MN if bias_N is None else y_MN.add_(bias_N)
 
 
-def _layers(tensors: Sequence[Any]) -> list[Layer]:
-    return [Layer._make(tensors[first : first + _TENSORS]) for first in range(0, len(tensors), _TENSORS)]
-
-
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *of: Tensor | None) -> tuple[Tensor, ...]:
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(x_MK, *tensors)
-        with in_one_call(x, when=len(x_MK) >= LEAST_ROWS):
-            made = [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward) for of in _layers(tensors)]
+        ctx.save_for_backward(x_MK, *of)
+        made, _ = compute(layers_of(of), x_MK)
         return tuple(y_MN.view(*x.shape[:-1], -1) for y_MN in made)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        x_MK, *tensors = ctx.saved_tensors
+        x_MK, *of = ctx.saved_tensors
         gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
-        to_x_MK, to_layers = None, []
-        with in_one_call(x_MK):
-            for number, (layer, gradient_MN) in enumerate(zip(_layers(tensors), gradients, strict=True)):
-                if ctx.needs_input_grad[0]:
-                    adds = to_x_MK is not None
-                    to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, adds=adds, laid=layer.backward)
-                trained = ctx.needs_input_grad[1 + _TENSORS * number :]
-                to_weight_NK = _to_weight(gradient_MN, x_MK) if trained[0] else None
-                to_layers += [to_weight_NK, gradient_MN.sum(0) if trained[1] else None, None, None]
-        return None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1), *to_layers
+        to_x_MK, to_tensors = differentiate(layers_of(of), gradients, x_MK, (), ctx.needs_input_grad)
+        return None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1), *to_tensors
+
+
+def tensors(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Of all layers."""
+    return [tensor for layer in layers for tensor in layer]
+
+
+def scales(_: Sequence[Layer]) -> tuple[float, ...]:
+    """Beside the tensors nothing belongs to them."""
+    return ()
+
+
+def layers_of(given: Sequence[Any], _: Sequence[float] = ()) -> list[Layer]:
+    """What these are the tensors of."""
+    return [Layer._make(given[first : first + _TENSORS]) for first in range(0, len(given), _TENSORS)]
+
+
+def may_wait(layers: Sequence[Layer], rows: int) -> bool:
+    """Whether nothing of `compute` and `differentiate` reads what they are given before it runs itself."""
+    return rows >= LEAST_ROWS and has_tiles() and all(layer.bias_N is None for layer in layers)
+
+
+def compute(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and what they keep for backward."""
+    with in_one_call(x_MK, when=len(x_MK) >= LEAST_ROWS):
+        return [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward) for of in layers], []
+
+
+def differentiate(
+    layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, _: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of the tensors of all layers, of which those are `wanted`."""
+    to_x_MK: Tensor | None = None
+    to_tensors: list[Tensor | None] = []
+    with in_one_call(x_MK):
+        for number, (layer, gradient_MN) in enumerate(zip(layers, gradients, strict=True)):
+            if wanted[0]:
+                adds = to_x_MK is not None
+                to_x_MK = multiply(gradient_MN, layer.weight_NK, to_x_MK, adds=adds, laid=layer.backward)
+            weight, bias = wanted[1 + _TENSORS * number :][:2]
+            to_tensors += [_to_weight(gradient_MN, x_MK) if weight else None, gradient_MN.sum(0) if bias else None, None, None]
+    return to_x_MK, to_tensors
 
 
 def _to_weight(gradient_MN: Tensor, x_MK: Tensor) -> Tensor:

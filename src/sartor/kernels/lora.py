@@ -91,37 +91,65 @@ _TENSORS = len(Layer._fields) - 1
 def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x W^T + bias + scale (x A^T) B^T of each layer for x … K, one of the formats of `fused.suited`; W and bias get no
     gradient."""
-    tensors = (tensor for layer in layers for tensor in layer[:_TENSORS])
-    result: tuple[Tensor, ...] = apply(_LoRALinears, x, tuple(layer.scale for layer in layers), *tensors)
+    result: tuple[Tensor, ...] = apply(_LoRALinears, x, scales(layers), *tensors(layers))
     return result
 
 
-def _layers(scales: Sequence[float], tensors: Sequence[Any]) -> list[Layer]:
-    return [Layer._make((*tensors[_TENSORS * i : _TENSORS * (i + 1)], scale)) for i, scale in enumerate(scales)]
+def tensors(layers: Sequence[Layer]) -> list[Any]:
+    """Of all layers."""
+    return [tensor for layer in layers for tensor in layer[:_TENSORS]]
+
+
+def scales(layers: Sequence[Layer]) -> tuple[float, ...]:
+    """What belongs to them beside the tensors."""
+    return tuple(layer.scale for layer in layers)
+
+
+def layers_of(given: Sequence[Any], scales: Sequence[float]) -> list[Layer]:
+    """What these are the tensors and scales of."""
+    return [Layer._make((*given[_TENSORS * i : _TENSORS * (i + 1)], scale)) for i, scale in enumerate(scales)]
 
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x_MK, layers = x.reshape(-1, x.shape[-1]).contiguous(), _layers(scales, tensors)
-        ctx.pairs = all(takes(layer.weight_NK) for layer in layers)
-        with in_one_call(x, when=ctx.pairs and len(x_MK) >= LEAST_ROWS):
-            y_MNs, lows = (_in_pairs if ctx.pairs else _in_floats)(layers, x_MK)
-        ctx.save_for_backward(x_MK, *lows, *tensors)
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *of: Tensor | None) -> tuple[Tensor, ...]:
+        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+        y_MNs, lows = compute(layers_of(of, scales), x_MK)
+        ctx.save_for_backward(x_MK, *lows, *of)
         ctx.scales = scales
         return tuple(y_MN.view(*x.shape[:-1], -1) for y_MN in y_MNs)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
         x_MK, *saved = ctx.saved_tensors
-        count = len(ctx.scales)
-        lows, layers = saved[: -_TENSORS * count], _layers(ctx.scales, saved[-_TENSORS * count :])
+        count = _TENSORS * len(ctx.scales)
+        layers = layers_of(saved[-count:], ctx.scales)
         gradients = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in given]
-        back = _in_pairs_backward if ctx.pairs else _in_floats_backward
-        with in_one_call(x_MK, when=ctx.pairs):
-            to_x_MK, to_abs = back(layers, gradients, x_MK, lows, wanted=ctx.needs_input_grad[0])
-        to_x = None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1)
-        return to_x, None, *(tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b, None, None))
+        to_x_MK, to_tensors = differentiate(layers, gradients, x_MK, saved[:-count], ctx.needs_input_grad)
+        return None if to_x_MK is None else to_x_MK.view(*given[0].shape[:-1], -1), None, *to_tensors
+
+
+def may_wait(layers: Sequence[Layer], rows: int) -> bool:
+    """Whether nothing of `compute` and `differentiate` reads what they are given before it runs itself."""
+    return rows >= LEAST_ROWS and all(takes(layer.weight_NK) for layer in layers)
+
+
+def compute(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and what they keep for backward."""
+    pairs = all(takes(layer.weight_NK) for layer in layers)
+    with in_one_call(x_MK, when=pairs and len(x_MK) >= LEAST_ROWS):
+        return (_in_pairs if pairs else _in_floats)(layers, x_MK)
+
+
+def differentiate(
+    layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x, if that is `wanted`, and of the tensors of all layers."""
+    pairs = all(takes(layer.weight_NK) for layer in layers)
+    with in_one_call(x_MK, when=pairs):
+        back = _in_pairs_backward if pairs else _in_floats_backward
+        to_x_MK, to_abs = back(layers, gradients, x_MK, kept, wanted=wanted[0])
+    return to_x_MK, [tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b, None, None)]
 
 
 _Gradients = list[tuple[Tensor, Tensor]]

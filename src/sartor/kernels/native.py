@@ -206,8 +206,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
         _set(loaded, f"cross_entropy_{kind}", (at, many, many, many, at, at, real, real, real, flag), flag)
         _set(loaded, f"rms_norm_{kind}", (at, at, at, at, many, many, real, real, flag))
         _set(loaded, f"rms_norm_backward_{kind}", (at, at, at, at, at, at, many, many, real, flag), flag)
-        _set(loaded, f"silu_mul_{kind}", (at, at, at, many, flag))
-        _set(loaded, f"silu_mul_backward_{kind}", (at, at, at, at, at, many, flag))
         _set(loaded, f"rotate_{kind}", (at, at, at, at, many, many, many, many, many, flag, flag))
         _set(loaded, f"causal_softmax_{kind}", (at, many, many, many, many, many, flag), flag)
         _set(loaded, f"softmax_backward_{kind}", (at, at, many, many, flag))
