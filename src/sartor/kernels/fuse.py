@@ -235,8 +235,18 @@ _LINEARS: dict[Any, Any] = {lora.run: lora, linear.run: linear}
 
 
 def _hooks(module: nn.Module) -> bool:
+    """Whether somebody wants this module to be called."""
     kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, kinds))
+    return any(not getattr(hook, _WATCHES, False) for kind in kinds for hook in kind.values())
+
+
+_WATCHES = "only_watches"
+
+
+def watching(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that only notes when its module is called, and may miss calls that several modules are computed in."""
+    setattr(hook, _WATCHES, True)
+    return hook
 
 
 class _Siblings:

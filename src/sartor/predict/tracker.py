@@ -13,6 +13,7 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sartor.kernels.fuse import watching
 from sartor.kernels.loss import linear_cross_entropy_
 from sartor.model.regions import Reduction
 from sartor.predict.fused import extent_of
@@ -276,8 +277,8 @@ class StorageTracker(TorchDispatchMode):
                 layer.register_forward_hook(lambda _, inputs, output: self._watch(output, OUTSIDE), prepend=True)
         for path, module in model.named_modules():
             if path:
-                module.register_forward_pre_hook(lambda *_, path=path: self._modules.append(path))
-                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+                module.register_forward_pre_hook(watching(lambda *_, path=path: self._modules.append(path)))
+                module.register_forward_hook(watching(lambda *_: self._leave()), always_call=True)
 
     def _leave(self) -> None:
         # Recomputation stops a block early, by an exception that hooks of its inner modules may not see.
