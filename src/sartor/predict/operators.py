@@ -96,6 +96,8 @@ _PRODUCTS = {
     "mv",
     "addmv",
 }
+_ADDED_TO = "addmm", "baddbmm", "addmv"
+"""Products whose first operand is what they are added to."""
 _ATTENTION = "attention"
 
 
@@ -193,7 +195,7 @@ def _flops(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], re
         return _grouped_flops(args[0], args[1])
     if name == "_int_mm":
         return int(2 * math.prod(args[0].shape) * args[1].shape[-1])
-    formula = flop_registry.get(func._overloadpacket)
+    formula = flop_registry.get(torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
@@ -217,7 +219,7 @@ def _grouped_flops(first: Tensor, second: Tensor) -> int:
 
 def _sizes(name: str, family: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[int, ...]:
     if family == "matmul" and name.rstrip("_") in _PRODUCTS:
-        first, second = (args[1], args[2]) if name in ("addmm", "baddbmm", "addmv") else (args[0], args[1])
+        first, second = (args[1], args[2]) if name.rstrip("_") in _ADDED_TO else (args[0], args[1])
         batch = int(math.prod(first.shape[:-2]))
         columns = int(second.shape[-1]) if second.dim() > 1 else 1
         return batch, int(first.shape[-2]), columns, int(first.shape[-1])
@@ -230,8 +232,8 @@ def _sizes(name: str, family: str, args: Sequence[Any], tensors: Sequence[Tensor
 
 
 def _form(func: Any, name: str, family: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    if family == "matmul" and name in _PRODUCTS:
-        operands = args[1:3] if name in ("addmm", "baddbmm", "addmv") else args[:2]
+    if family == "matmul" and name.rstrip("_") in _PRODUCTS:
+        operands = args[1:3] if name.rstrip("_") in _ADDED_TO else args[:2]
         return "".join("t" if _is_transposed(operand) else "n" for operand in operands)
     if family != _ATTENTION:
         return ""
