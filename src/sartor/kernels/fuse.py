@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import inspect
+import math
 import sys
 import textwrap
 import types
@@ -23,7 +24,7 @@ from sartor.kernels import linear, lora
 from sartor.kernels.fused import rms_norm, rotary, silu_mul, suited
 from sartor.kernels.linear import linear_of
 from sartor.kernels.lora import lora_of
-from sartor.kernels.mlp import mlp
+from sartor.kernels.mlp import Norm, mlp
 from sartor.kernels.native import library
 
 _NORM = """
@@ -48,6 +49,27 @@ _MLP = """
 def forward(self, x):
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return down_proj
+"""
+_BLOCK = """
+def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+            position_embeddings=None, **kwargs):
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    hidden_states, _ = self.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+    hidden_states = self.mlp(hidden_states)
+    hidden_states = residual + hidden_states
+    return hidden_states
 """
 _ROTATE_HALF = """
 def rotate_half(x):
@@ -81,13 +103,15 @@ def fuse(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if _takes_one_input(module):
             _Siblings(module)
+        if _is_block(module):
+            module.forward = functools.partial(_run_block, module)
     return dict(found)
 
 
 def unfuse(model: nn.Module) -> None:
     """The modules' own code again, as others will run it: equal to a bit with what they load."""
     for module in model.modules():
-        if any(of(module) is not None for of in _PARTS.values()) or _takes_one_input(module):
+        if any(of(module) is not None for of in _PARTS.values()) or _takes_one_input(module) or _is_block(module):
             vars(module).pop("forward", None)
 
 
@@ -133,15 +157,42 @@ def _mlp_of(module: Any) -> Callable[..., Tensor] | None:
     return functools.partial(_run_mlp, module)
 
 
-def _run_mlp(module: Any, x: Tensor) -> Tensor:
+def _run_mlp(module: Any, x: Tensor, before: Any = None) -> Tensor:
+    """`before`: the norm of the block's half, which is added to its input."""
     layers = module.gate_proj, module.up_proj, module.down_proj
     forwards = [vars(layer).get("forward") for layer in layers]
     of, ready = _ready(layers, forwards, x)
-    if of is not None and not _hooks(module.act_fn):
+    if before is not None:
+        known = vars(before).get("forward")
+        ours = getattr(known, "func", None) is _run_norm and not _hooks(before) and suited(x, before.weight)
+        if of is not None and ours and of.may_wait(ready, math.prod(x.shape[:-1])):
+            return mlp(x, of, ready, Norm(before.weight, *known.args[1:]))
+        return x + _run_mlp(module, before(x))
+    if of is not None:
         return mlp(x, of, ready)
     gate, up = _together(layers[:2], forwards[:2], x) or (layer(x) for layer in layers[:2])
     inner = silu_mul(gate, up) if suited(gate, up) else module.act_fn(gate) * up
     result: Tensor = module.down_proj(inner)
+    return result
+
+
+def _is_block(module: Any) -> bool:
+    """Whether it is a decoder's block with a norm and an MLP that are known."""
+    if not _is(type(module).forward, _BLOCK):
+        return False
+    return _norm_of(module.post_attention_layernorm) is not None and _mlp_of(module.mlp) is not None
+
+
+def _run_block(module: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+    """As `_BLOCK` does it, the second half as one function."""
+    ours = getattr(vars(module.mlp).get("forward"), "func", None) is _run_mlp
+    if args or not ours or _hooks(module.mlp):
+        usual: Tensor = type(module).forward(module, hidden_states, *args, **named)
+        return usual
+    named = {"past_key_values": None, "use_cache": False, "position_embeddings": None, **named}
+    named = {"attention_mask": None, "position_ids": None, **named}
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **named)
+    result: Tensor = module.mlp(hidden_states + attended, module.post_attention_layernorm)
     return result
 
 

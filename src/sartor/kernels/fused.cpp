@@ -35,40 +35,59 @@ float norm_row(const T *x, const T *w, T *y, int64_t width, float epsilon, float
     return r;
 }
 
+struct to_norm {  // field by field `_Norm` of fused.py
+    const void *x, *weight;
+    void *y;  // backward: the gradient of x
+    float *inverse;  // of the roots
+    const void *gradient, *more;  // what is added to the gradient of x, or null
+    float *to_weight;  // zeros, or null
+    int64_t rows, width, threads;
+    float epsilon, offset;
+};
+
+// Rows are cut into as many parts whatever the number of threads, so that sums do not depend on it.
+inline int64_t parts_of(const to_norm &of) { return of.to_weight == nullptr ? 64 : of.rows < 8 ? of.rows : 8; }
+
 template <class T>
-void norm(const T *x, const T *w, T *y, float *r, int64_t rows, int64_t width, float epsilon, float offset, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
-    for (int64_t n = 0; n < rows; n++) r[n] = norm_row(x + n * width, w, y + n * width, width, epsilon, offset);
+void norm(const to_norm &of) {
+    const T *x = static_cast<const T *>(of.x), *w = static_cast<const T *>(of.weight);
+    T *y = static_cast<T *>(of.y);
+    const int64_t width = of.width;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : of.rows * width > LEAST)
+    for (int64_t n = 0; n < of.rows; n++) of.inverse[n] = norm_row(x + n * width, w, y + n * width, width, of.epsilon, of.offset);
 }
 
-// dx, and into `dw` (float32, zeros; nothing where null) the weight's gradient. 1 where there is no memory.
+// dx, and the weight's gradient where it is wanted, with sums of the parts in `room`.
 template <class T>
-int norm_backward(const T *g, const T *x, const T *w, const float *r, T *dx, float *dw, int64_t rows, int64_t width, float offset,
-                  int threads) {
-    // Rows are cut into as many parts whatever the number of threads, so that sums do not depend on it.
-    const int64_t parts = dw == nullptr ? 64 : rows < 8 ? rows : 8;
-    std::unique_ptr<float[]> sums(dw == nullptr ? nullptr : new (std::nothrow) float[parts * width]());
-    if (dw != nullptr && !sums) return 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : rows * width > LEAST)
-    for (int64_t part = 0; part < parts; part++)
+void norm_backward(const to_norm &of, float *sums) {
+    const T *g = static_cast<const T *>(of.gradient), *x = static_cast<const T *>(of.x), *w = static_cast<const T *>(of.weight);
+    const T *more = static_cast<const T *>(of.more);
+    T *dx = static_cast<T *>(of.y);
+    const int64_t rows = of.rows, width = of.width, parts = parts_of(of);
+    const float offset = of.offset;
+    const bool trains = of.to_weight != nullptr;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : rows * width > LEAST)
+    for (int64_t part = 0; part < parts; part++) {
+        float *sum = sums + part * width;
+        for (int64_t i = 0; trains && i < width; i++) sum[i] = 0.0f;
         for (int64_t n = rows * part / parts; n < rows * (part + 1) / parts; n++) {
-            const T *gn = g + n * width, *xn = x + n * width;
+            const T *gn = g + n * width, *xn = x + n * width, *mn = more + n * width;
             T *dn = dx + n * width;
-            const float rn = r[n];
+            const float rn = of.inverse[n];
             float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
             for (int64_t i = 0; i < width; i++) dot += load(gn + i) * (load(w + i) + offset) * load(xn + i);
             const float pull = dot * rn * rn / width;
-            store_each(dn, width, [=](int64_t i) { return rn * (load(gn + i) * (load(w + i) + offset) - load(xn + i) * pull); });
-            if (dw == nullptr) continue;
-            float *sum = sums.get() + part * width;
+            const auto value = [=](int64_t i) { return rn * (load(gn + i) * (load(w + i) + offset) - load(xn + i) * pull); };
+            if (more == nullptr) store_each(dn, width, value);
+            else store_each(dn, width, [=](int64_t i) { return rounded<T>(value(i)) + load(mn + i); });
+            if (!trains) continue;
 #pragma omp simd
             for (int64_t i = 0; i < width; i++) sum[i] += load(gn + i) * (load(xn + i) * rn);
         }
-    if (dw != nullptr)
-        for (int64_t part = 0; part < parts; part++)
-            for (int64_t i = 0; i < width; i++) dw[i] += sums[part * width + i];
-    return 0;
+    }
+    for (int64_t part = 0; trains && part < parts; part++)
+        for (int64_t i = 0; i < width; i++) of.to_weight[i] += sums[part * width + i];
 }
 
 inline float sigmoid(float x) {
@@ -117,19 +136,26 @@ void gated_backward(const to_gate &of) {
 
 // Pairs (i, i + half) of every head turned by the angle of their position; `back` turns the other way, by the transposed matrix.
 // x and y: rows x positions x heads x size, dense; cosines and sines: (rows or 1) x positions x size.
+struct to_turn {  // field by field `_Turn` of fused.py
+    const void *x, *cosine, *sine;
+    void *y;
+    int64_t rows, positions, heads, size, angle_rows, back, threads;
+};
+
 template <class T>
-void turn(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_t positions, int64_t heads, int64_t size,
-          int64_t angle_rows, int back, int threads) {
-    const int64_t half = size / 2, count = rows * positions;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel : count * heads * size > LEAST)
+void turn(const to_turn &of) {
+    const T *x = static_cast<const T *>(of.x), *cosine = static_cast<const T *>(of.cosine), *sine = static_cast<const T *>(of.sine);
+    T *y = static_cast<T *>(of.y);
+    const int64_t positions = of.positions, heads = of.heads, size = of.size, half = size / 2, count = of.rows * positions;
+#pragma omp parallel for schedule(static) num_threads(int(of.threads)) if (parallel : count * heads * size > LEAST)
     for (int64_t n = 0; n < count; n++) {
-        const int64_t angle = angle_rows == 1 ? n % positions : n;
+        const int64_t angle = of.angle_rows == 1 ? n % positions : n;
         const T *c = cosine + angle * size, *s = sine + angle * size;
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + (n * heads + h) * size;
             T *to = y + (n * heads + h) * size;
             const T *also = from + half;
-            if (back) {
+            if (of.back) {
                 store_each(to, half, [=](int64_t i) { return load(from + i) * load(c + i) + load(also + i) * load(s + half + i); });
                 store_each(to + half, half, [=](int64_t i) { return load(also + i) * load(c + half + i) - load(from + i) * load(s + i); });
             } else {
@@ -248,20 +274,11 @@ void dequantise(const int32_t *sums, const float *s, const float *c, T *y, int64
 }
 
 #define KINDS(T, KIND)                                                                                                          \
-    void rms_norm_##KIND(const T *x, const T *w, T *y, float *r, int64_t rows, int64_t width, float epsilon, float offset,      \
-                         int threads) {                                                                                         \
-        norm(x, w, y, r, rows, width, epsilon, offset, threads);                                                                \
-    }                                                                                                                           \
-    int rms_norm_backward_##KIND(const T *g, const T *x, const T *w, const float *r, T *dx, float *dw, int64_t rows,            \
-                                 int64_t width, float offset, int threads) {                                                    \
-        return norm_backward(g, x, w, r, dx, dw, rows, width, offset, threads);                                                 \
-    }                                                                                                                           \
+    void rms_norm_##KIND(const to_norm *of, char *) { norm<T>(*of); }                                                           \
+    void rms_norm_backward_##KIND(const to_norm *of, char *room) { norm_backward<T>(*of, reinterpret_cast<float *>(room)); }    \
     void silu_mul_##KIND(const to_gate *of, char *) { gated<T>(*of); }                                                          \
     void silu_mul_backward_##KIND(const to_gate *of, char *) { gated_backward<T>(*of); }                                        \
-    void rotate_##KIND(const T *x, T *y, const T *cosine, const T *sine, int64_t rows, int64_t positions, int64_t heads,        \
-                       int64_t size, int64_t angle_rows, int back, int threads) {                                               \
-        turn(x, y, cosine, sine, rows, positions, heads, size, angle_rows, back, threads);                                      \
-    }                                                                                                                           \
+    void rotate_##KIND(const to_turn *of, char *) { turn<T>(*of); }                                                             \
     int causal_softmax_##KIND(T *scores, int64_t rows, int64_t queries, int64_t keys, int64_t offset, int64_t window,           \
                               int threads) {                                                                                    \
         return causal_softmax(scores, rows, queries, keys, offset, window, threads);                                            \

@@ -17,8 +17,27 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sartor.kernels.calls import call
+from sartor.kernels.calls import call, in_one_call
 from sartor.kernels.native import PLAIN, Operator, apply, library
+
+
+class _Norm(ctypes.Structure):
+    """`struct to_norm` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y", "inverse", "gradient", "more", "to_weight")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "threads")),
+        *((name, ctypes.c_float) for name in ("epsilon", "offset")),
+    )
+
+
+class _Turn(ctypes.Structure):
+    """`struct to_turn` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cosine", "sine", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "positions", "heads", "size", "angle_rows", "back", "threads")),
+    )
 
 
 class _Gate(ctypes.Structure):
@@ -30,6 +49,8 @@ class _Gate(ctypes.Structure):
     )
 
 
+_PARTS = 8
+"""Of the rows, in fused.cpp, at most: each has sums of its own."""
 FORMATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -104,7 +125,8 @@ class _Rotary(torch.autograd.Function):
 
 def _turned(tensors_RHTD: tuple[Tensor, ...], cosine: Tensor, sine: Tensor, *, back: bool) -> tuple[Tensor, ...]:
     """Positions lie outside of heads in memory, as projections leave them and attention wants them."""
-    return tuple(turn(tensor.transpose(1, 2).contiguous(), cosine, sine, back).transpose(1, 2) for tensor in tensors_RHTD)
+    with in_one_call(cosine):
+        return tuple(turn(tensor.transpose(1, 2).contiguous(), cosine, sine, back).transpose(1, 2) for tensor in tensors_RHTD)
 
 
 def _native(tensor: Tensor, name: str) -> Any:
@@ -116,20 +138,29 @@ def _native(tensor: Tensor, name: str) -> Any:
 
 def _norm(x: Tensor, weight_C: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
     y, scale_N = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    places = [tensor.data_ptr() for tensor in (x, weight_C, y, scale_N)]
-    _native(x, "rms_norm")(*places, scale_N.numel(), x.shape[-1], epsilon, offset, torch.get_num_threads())
+    tensors = x, weight_C, y, scale_N
+    places = *(tensor.data_ptr() for tensor in tensors), None, None, None
+    of = _Norm(*places, scale_N.numel(), x.shape[-1], torch.get_num_threads(), epsilon, offset)
+    call(_native(x, "rms_norm"), of, None, 0, *tensors)
     return y, scale_N
 
 
 def _norm_backward(
-    gradient: Tensor, x: Tensor, weight_C: Tensor, scale_N: Tensor, offset: float, trained: bool
+    gradient: Tensor,
+    x: Tensor,
+    weight_C: Tensor,
+    scale_N: Tensor,
+    offset: float,
+    trained: bool,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     to_x = torch.empty_like(x)
     to_weight_C = torch.zeros(len(weight_C) if trained else 0, dtype=torch.float32)
-    places = [tensor.data_ptr() for tensor in (gradient, x, weight_C, scale_N, to_x, to_weight_C)]
-    sizes = scale_N.numel(), x.shape[-1], offset, torch.get_num_threads()
-    if _native(x, "rms_norm_backward")(*places[:5], places[5] if trained else None, *sizes):
-        raise MemoryError("no memory for the gradient of a norm's weight")
+    tensors = x, weight_C, to_x, scale_N, gradient, more, to_weight_C if trained else None
+    places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    rows, width = scale_N.numel(), x.shape[-1]
+    of = _Norm(*places, rows, width, torch.get_num_threads(), 0.0, offset)
+    call(_native(x, "rms_norm_backward"), of, None, 4 * _PARTS * width if trained else 0, *tensors)
     return to_x, to_weight_C
 
 
@@ -150,8 +181,9 @@ def _gated_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
 
 def _turn(x_RTHD: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     y = torch.empty_like(x_RTHD)
-    places = [tensor.data_ptr() for tensor in (x_RTHD, y, cosine, sine)]
-    _native(y, "rotate")(*places, *y.shape, len(cosine), back, torch.get_num_threads())
+    tensors = x_RTHD, cosine, sine, y
+    of = _Turn(*(tensor.data_ptr() for tensor in tensors), *y.shape, len(cosine), back, torch.get_num_threads())
+    call(_native(y, "rotate"), of, None, 0, *tensors)
     return y
 
 
@@ -193,9 +225,10 @@ norm = Operator(
     lambda x, weight, epsilon, offset: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )
 norm_backward = Operator(
-    "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scale, float offset, bool trained) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scale, float offset, bool trained, Tensor? more=None) "
+    "-> (Tensor, Tensor)",
     _norm_backward,
-    lambda gradient, x, weight, scale, offset, trained: (
+    lambda gradient, x, weight, scale, offset, trained, more=None: (
         torch.empty_like(x),
         scale.new_empty(len(weight) if trained else 0),
     ),

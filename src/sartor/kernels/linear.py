@@ -76,11 +76,14 @@ def product_with(
     more: tuple[Tensor, Tensor] | None = None,
     bias_N: Tensor | None = None,
     laid: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + a' b' + bias, `more` being a' (M x R) and b' (R x N). Of few rows what is added is added to what was rounded."""
+    """x W^T + a' b' + bias, `more` being a' (M x R) and b' (R x N). Of few rows what is added is added to what was rounded.
+    `into`: what it is added to, of many rows."""
     few = len(x_MK) < LEAST_ROWS <= len(weight_NK) and weight_NK.stride(1) == 1 and has_tiles()
     if not few:
-        return multiply(x_MK, weight_NK.t(), more=more, bias_N=bias_N, laid=laid)
+        return multiply(x_MK, weight_NK.t(), into, more=more, bias_N=bias_N, adds=into is not None, laid=laid)
+    assert into is None
     y_NM = x_MK.new_empty(len(weight_NK), len(x_MK))
     narrow(weight_NK, x_MK.t(), y_NM)
     y_MN = y_NM.t().contiguous()
@@ -125,10 +128,10 @@ def may_wait(layers: Sequence[Layer], rows: int) -> bool:
     return rows >= LEAST_ROWS and has_tiles() and all(layer.bias_N is None for layer in layers)
 
 
-def compute(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers, and what they keep for backward."""
+def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`."""
     with in_one_call(x_MK, when=len(x_MK) >= LEAST_ROWS):
-        return [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward) for of in layers], []
+        return [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward, into=into) for of in layers], []
 
 
 def differentiate(

@@ -134,11 +134,11 @@ def may_wait(layers: Sequence[Layer], rows: int) -> bool:
     return rows >= LEAST_ROWS and all(takes(layer.weight_NK) for layer in layers)
 
 
-def compute(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers, and what they keep for backward."""
+def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`."""
     pairs = all(takes(layer.weight_NK) for layer in layers)
     with in_one_call(x_MK, when=pairs and len(x_MK) >= LEAST_ROWS):
-        return (_in_pairs if pairs else _in_floats)(layers, x_MK)
+        return _in_pairs(layers, x_MK, into) if pairs else _in_floats(layers, x_MK)
 
 
 def differentiate(
@@ -173,7 +173,7 @@ def _parts(whole: Tensor, dimension: int, layers: Sequence[Layer]) -> tuple[Tens
     return tuple(parts)
 
 
-def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _in_pairs(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     """The layers, and scale x A^T of all of them in bfloat16."""
     low_MR = x_MK.new_empty(x_MK.shape[0], sum(layer.a_RK.shape[0] for layer in layers))
     lows = _beside(low_MR, layers)
@@ -184,7 +184,7 @@ def _in_pairs(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list
         for layer, low in zip(layers, lows, strict=True):
             narrow(x_MK, layer.a_RK.t(), low, scale=layer.scale)
     made = [
-        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N, layer.forward)
+        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N, layer.forward, into)
         for layer, low in zip(layers, lows, strict=True)
     ]
     return made, [low_MR]

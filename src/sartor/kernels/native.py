@@ -204,9 +204,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
     at, many, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for kind in ("bf16", "f32"):
         _set(loaded, f"cross_entropy_{kind}", (at, many, many, many, at, at, real, real, real, flag), flag)
-        _set(loaded, f"rms_norm_{kind}", (at, at, at, at, many, many, real, real, flag))
-        _set(loaded, f"rms_norm_backward_{kind}", (at, at, at, at, at, at, many, many, real, flag), flag)
-        _set(loaded, f"rotate_{kind}", (at, at, at, at, many, many, many, many, many, flag, flag))
         _set(loaded, f"causal_softmax_{kind}", (at, many, many, many, many, many, flag), flag)
         _set(loaded, f"softmax_backward_{kind}", (at, at, many, many, flag))
     _set(loaded, "add_bf16", (at, at, many, flag))
