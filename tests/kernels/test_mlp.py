@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sartor.kernels import fuse as module
 from sartor.kernels.fuse import fuse, unfuse, watching
 from sartor.kernels.matmul import has_tiles, multiplies
+from sartor.step.step import enable_recompute
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
 
@@ -98,3 +99,18 @@ def test_one_that_only_watches_changes_nothing(seen: list[bool]) -> None:
         part.register_forward_hook(watching(lambda *_: None))
     gradients(model, torch.arange(40)[None])
     assert seen == [True]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_block_is_recomputed_as_it_was(method: str, seen: list[bool]) -> None:
+    model, kept = llama(method)
+    for one in (model, kept):
+        fuse(one)
+    enable_recompute(model)
+    tokens = torch.arange(40)[None]
+    found = gradients(model, tokens)
+    assert seen == [True] * 4  # two blocks, and both again
+    wanted = gradients(kept, tokens)
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        assert torch.equal(found[name], one), name

@@ -104,7 +104,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
         if _takes_one_input(module):
             _Siblings(module)
         if _is_block(module):
-            module.forward = functools.partial(_run_block, module)
+            module.forward = types.MethodType(_block_forward(type(module).forward), module)
     return dict(found)
 
 
@@ -178,16 +178,29 @@ def _run_mlp(module: Any, x: Tensor, before: Any = None) -> Tensor:
 
 def _is_block(module: Any) -> bool:
     """Whether it is a decoder's block with a norm and an MLP that are known."""
-    if not _is(type(module).forward, _BLOCK):
+    if not _is(type(module).forward, _BLOCK) or _block_forward(type(module).forward) is None:
         return False
     return _norm_of(module.post_attention_layernorm) is not None and _mlp_of(module.mlp) is not None
+
+
+@functools.cache
+def _block_forward(usual: Any) -> Any:
+    """`_run_block`, within what transformers puts around a block's forward to recompute it; None where that is not known."""
+    if not hasattr(usual, "__wrapped__"):
+        return _run_block
+    names = usual.__code__.co_freevars
+    if "forward" not in names:
+        return None
+    cells = zip(names, usual.__closure__, strict=True)
+    closure = tuple(types.CellType(_run_block) if name == "forward" else cell for name, cell in cells)
+    return types.FunctionType(usual.__code__, usual.__globals__, usual.__name__, usual.__defaults__, closure)
 
 
 def _run_block(module: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
     """As `_BLOCK` does it, the second half as one function."""
     ours = getattr(vars(module.mlp).get("forward"), "func", None) is _run_mlp
     if args or not ours or _hooks(module.mlp):
-        usual: Tensor = type(module).forward(module, hidden_states, *args, **named)
+        usual: Tensor = inspect.unwrap(type(module).forward)(module, hidden_states, *args, **named)
         return usual
     named = {"past_key_values": None, "use_cache": False, "position_embeddings": None, **named}
     named = {"attention_mask": None, "position_ids": None, **named}
