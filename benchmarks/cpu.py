@@ -36,7 +36,7 @@ from typing import Any
 
 from common import SHARED, save
 from cpu_peers import sartor_only
-from cpu_peers.arithmetic import SUSTAINED, useful_flops
+from cpu_peers.arithmetic import SUSTAINED, UPDATE, trained_weights, useful_flops
 from cpu_peers.entrants import ENTRANTS, STANDARD, Entrant, versions
 from cpu_peers.watch import Watched, watch
 
@@ -165,15 +165,22 @@ def without_paths(failure: str) -> str:
     return f"{how}: {output.strip().splitlines()[-1]}" if output.strip() else how
 
 
-def figures(run: Watched, flops_per_token: float, around: list[dict[str, float]]) -> dict[str, Any]:
-    """The figures of one run. `around`: rates of products before it and after."""
+def figures(run: Watched, flops_per_token: float, trained: int, around: list[dict[str, float]]) -> dict[str, Any]:
+    """The figures of one run, which has `trained` weights. `around`: rates of products and of updates before it and after.
+
+    `reachable_share` is the part of the limit that a step would reach which did nothing but its products, all of them at the
+    limit, and the update.
+    """
     tokens = [line["tokens"] for line in run.lines]
     steady = sum(tokens[WARM_UP_STEPS:])
     rate = steady / (run.times[-1] - run.times[WARM_UP_STEPS - 1])
+    limit, updates = (max(rates[name] for rates in around) for name in ("bfloat16", UPDATE))
+    products = flops_per_token * steady / (len(tokens) - WARM_UP_STEPS) / limit
     return {
         "tokens_per_second": rate,
         "tokens_per_cpu_second": steady / (run.cpu_seconds[-1] - run.cpu_seconds[WARM_UP_STEPS - 1]),
-        "limit_share": rate * flops_per_token / max(rates["bfloat16"] for rates in around),
+        "limit_share": rate * flops_per_token / limit,
+        "reachable_share": products / (products + trained / updates),
         "sustained_share": rate * flops_per_token / statistics.mean(rates["bfloat16" + SUSTAINED] for rates in around),
         "peak_bytes": run.peak_bytes,
         "first_step_seconds": run.times[0],
@@ -191,7 +198,7 @@ def compare(bench: Bench, shape: str, method: str, names: list[str], examples: i
         raise SystemExit(f"{len(data)} examples are {steps} steps, of which {WARM_UP_STEPS} are warm-up: raise --examples")
     lengths = [(len(example["input_ids"]), sum(label != -100 for label in example["labels"][1:])) for example in data]
     flops = sum(useful_flops(bench.shape(shape), method, RANK, length=length, counted=counted) for length, counted in lengths)
-    tokens = sum(length for length, _ in lengths)
+    tokens, trained = sum(length for length, _ in lengths), trained_weights(bench.shape(shape), method, RANK)
     print(f"\n{shape} {method}: {len(data)} examples, {tokens:,} tokens, {sum(k for _, k in lengths):,} of them in the loss")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     rates: list[list[dict[str, float]]] = []
@@ -202,7 +209,10 @@ def compare(bench: Bench, shape: str, method: str, names: list[str], examples: i
         for name in turned:
             done = bench.run(ENTRANTS[name], job, steps=steps)
             rates[-1].append(json.loads(bench.tool("arithmetic.py")))
-            made = {"failed": without_paths(done.failure)} if done.failure else figures(done, flops / tokens, rates[-1][-2:])
+            if done.failure:
+                made = {"failed": without_paths(done.failure)}
+            else:
+                made = figures(done, flops / tokens, trained, rates[-1][-2:])
             runs[name].append(made)
             print(f"  {name:18} {_line(made)}; then {_products(rates[-1][-1])}", flush=True)
     flops_per_token = flops / tokens
@@ -220,7 +230,8 @@ def _line(made: dict[str, Any]) -> str:
         return f"FAILED {made['failed'][-300:]}"
     return (
         f"{made['tokens_per_second']:7.0f} tokens/s ({made['tokens_per_cpu_second']:5.0f} a CPU second)  "
-        f"limit {made['limit_share']:4.0%} ({made['sustained_share']:4.0%})  {made['peak_bytes'] / 2**30:5.2f} GiB  "
+        f"limit {made['limit_share']:4.0%} ({made['sustained_share']:4.0%}; at most {made['reachable_share']:.0%})  "
+        f"{made['peak_bytes'] / 2**30:5.2f} GiB  "
         f"first step {made['first_step_seconds']:5.1f} s  last loss {made['losses'][-1]:.3f}"
     )
 

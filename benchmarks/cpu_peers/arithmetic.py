@@ -15,7 +15,7 @@ an example of L tokens, K of which are predicted by a position that counts in th
 `torch.utils.flop_counter` counts as much over a Llama of transformers, forward and backward (but for attention's causal half).
 Element-wise work, the embedding's lookup and the optimizer are left out: they are bound by memory, not arithmetic.
 
-`python arithmetic.py` prints the machine's best rates of a matrix product as JSON.
+`python arithmetic.py` prints the machine's best rates of a matrix product, and of an update, as JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ def useful_flops(shape: dict[str, Any], method: str, rank: int, *, length: int, 
     return (4 * weights - first + 6 * adapters) * length + 2 * head + attention
 
 
-SUSTAINED = "_sustained"
+def trained_weights(shape: dict[str, Any], method: str, rank: int) -> int:
+    """Numbers that an optimizer step changes, but for the norms' few."""
+    layer = matrices(shape)
+    if method == "lora":
+        return int(shape["layers"] * rank * sum(inputs + outputs for inputs, outputs in layer))
+    return int(shape["layers"] * sum(inputs * outputs for inputs, outputs in layer) + 2 * shape["vocabulary"] * shape["width"])
+
+
+SUSTAINED, UPDATE = "_sustained", "update"
 
 
 def gemm_rates(seconds: float = 0.2) -> dict[str, float]:
@@ -73,5 +81,28 @@ def gemm_rates(seconds: float = 0.2) -> dict[str, float]:
     return rates
 
 
+def update_rate(seconds: float = 0.5, count: int = 2**25) -> float:
+    """The most parameters that an exact AdamW updates in a second: PyTorch's fused one in float32, or Sartor's in two halves.
+    What it reads and writes of each is in no cache."""
+    import torch
+
+    from sartor.kernels.adam import MasterAdamW
+
+    best = 0.0
+    for dtype, make in (
+        (torch.float32, lambda weights: torch.optim.AdamW(weights, fused=True)),
+        (torch.bfloat16, MasterAdamW),
+    ):
+        weight = torch.zeros(count, dtype=dtype, requires_grad=True)
+        weight.grad = torch.full_like(weight, 1e-3)
+        optimizer = make([weight])
+        optimizer.step()
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
+            optimizer.step()
+            best = max(best, count / (time.perf_counter() - start))
+    return best
+
+
 if __name__ == "__main__":
-    print(json.dumps(gemm_rates()))
+    print(json.dumps(gemm_rates() | {UPDATE: update_rate()}))
