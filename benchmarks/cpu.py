@@ -14,8 +14,9 @@ speed is useful tokens (padding is not useful) per second from the end of the se
 clock; a CPU second is one that any core spent on the process, what to look at where others use the machine too. Memory is the
 largest resident memory of the process. Sartor runs through its command line, told of 50 passes (what pays in a long run is not
 left out), and is stopped after the first, like all others. "limit" is the share of the arithmetic limit: useful operations
-(`cpu_peers/arithmetic.py`) over time and the best bf16 product, PyTorch's or Sartor's, just before the run or just after; in
-brackets, over the best that products sustain (medians), which is less where others use the machine.
+(`cpu_peers/arithmetic.py`) over time and the best product, PyTorch's or Sartor's, in bf16 or in float32 (where the processor
+multiplies that faster), just before the run or just after; in brackets, over the best that products sustain (medians), which is
+less where others use the machine.
 
 Peers get a Python of their own, in which `pip install torch trl peft` (litgpt; llamafactory) was run: --peer-python names it.
 A peer whose package it (default: the Python that runs this) cannot import is left out, and the output says so.
@@ -36,8 +37,8 @@ from typing import Any
 
 from common import SHARED, save
 from cpu_peers import sartor_only
-from cpu_peers.arithmetic import SUSTAINED, UPDATE, trained_weights, useful_flops
-from cpu_peers.entrants import ENTRANTS, STANDARD, Entrant, versions
+from cpu_peers.arithmetic import SUSTAINED, UPDATE, best_product, trained_weights, useful_flops
+from cpu_peers.entrants import ENTRANTS, Entrant, standard, versions
 from cpu_peers.watch import Watched, watch
 
 SCRIPTS = Path(__file__).parent / "cpu_peers"
@@ -174,14 +175,14 @@ def figures(run: Watched, flops_per_token: float, trained: int, around: list[dic
     tokens = [line["tokens"] for line in run.lines]
     steady = sum(tokens[WARM_UP_STEPS:])
     rate = steady / (run.times[-1] - run.times[WARM_UP_STEPS - 1])
-    limit, updates = (max(rates[name] for rates in around) for name in ("bfloat16", UPDATE))
+    limit, updates = max(map(best_product, around)), max(rates[UPDATE] for rates in around)
     products = flops_per_token * steady / (len(tokens) - WARM_UP_STEPS) / limit
     return {
         "tokens_per_second": rate,
         "tokens_per_cpu_second": steady / (run.cpu_seconds[-1] - run.cpu_seconds[WARM_UP_STEPS - 1]),
         "limit_share": rate * flops_per_token / limit,
         "reachable_share": products / (products + trained / updates),
-        "sustained_share": rate * flops_per_token / statistics.mean(rates["bfloat16" + SUSTAINED] for rates in around),
+        "sustained_share": rate * flops_per_token / statistics.mean(best_product(rates, SUSTAINED) for rates in around),
         "peak_bytes": run.peak_bytes,
         "first_step_seconds": run.times[0],
         "tokens": sum(tokens),
@@ -221,8 +222,8 @@ def compare(bench: Bench, shape: str, method: str, names: list[str], examples: i
 
 
 def _products(rates: dict[str, float]) -> str:
-    best, sustained = rates["bfloat16"] / 1e9, rates["bfloat16" + SUSTAINED] / 1e9
-    return f"best product {best:.0f} GFLOP/s in bf16, sustained {sustained:.0f}"
+    best, sustained = best_product(rates) / 1e9, best_product(rates, SUSTAINED) / 1e9
+    return f"best product {best:.0f} GFLOP/s, sustained {sustained:.0f}"
 
 
 def _line(made: dict[str, Any]) -> str:
@@ -296,7 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["163m", "500m"])
     parser.add_argument("--methods", nargs="*", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--only", nargs="*", choices=list(ENTRANTS), default=list(STANDARD), help="entrants")
+    parser.add_argument("--only", nargs="*", choices=list(ENTRANTS), help="entrants; default: those of this machine")
     parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
@@ -314,7 +315,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     alone = options.curve is not None or options.first_step or options.processes or options.option
-    names, pythons = ([], {}) if alone else available(options.only, options.peer_python)
+    names, pythons = ([], {}) if alone else available(options.only or list(standard()), options.peer_python)
     jobs = [(shape, method) for shape in options.shapes for method in options.methods]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(scratch=Path(scratch), data=options.data.resolve(), pythons=pythons, batch=options.batch)

@@ -55,6 +55,12 @@ def trained_weights(shape: dict[str, Any], method: str, rank: int) -> int:
 
 
 SUSTAINED, UPDATE = "_sustained", "update"
+FORMATS = "bfloat16", "float32"
+
+
+def best_product(rates: dict[str, float], kind: str = "") -> float:
+    """In whichever of the two formats this machine multiplies faster; `kind`: the best one, or `SUSTAINED`."""
+    return max(rates[name + kind] for name in FORMATS)
 
 
 def gemm_rates(seconds: float = 0.2) -> dict[str, float]:
@@ -66,7 +72,7 @@ def gemm_rates(seconds: float = 0.2) -> dict[str, float]:
 
     sizes = [(1024, 768, 768), (1024, 768, 2048), (1024, 2048, 768), (2048, 1280, 3456), (2048, 2048, 2048), (4096, 4096, 4096)]
     rates: dict[str, float] = {}
-    for name, (rows, inputs, outputs) in itertools.product(("bfloat16", "float32"), sizes):
+    for name, (rows, inputs, outputs) in itertools.product(FORMATS, sizes):
         dtype = getattr(torch, name)
         a, b = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
         result = torch.empty(rows, outputs, dtype=dtype)

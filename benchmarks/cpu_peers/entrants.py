@@ -28,8 +28,11 @@ class Entrant:
         return self.options | (self.lora if method == "lora" else {})
 
 
-_BF16 = {"bf16": True, "fused": True}
-_TUNED = {**_BF16, "group": True, "workers": 1}
+_FUSED: dict[str, Any] = {"fused": True, "workers": 1}
+_BF16 = {**_FUSED, "bf16": True}
+_TUNED = {**_BF16, "group": True}
+# Where the processor does not multiply bfloat16 fast, bf16 makes a step slower.
+_TUNED_NO_BF16 = {**_FUSED, "group": True}
 # Frozen weights stored in bfloat16 are read without a cast at every use.
 _FROZEN = {"weights": "bfloat16"}
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**26)}
@@ -57,22 +60,34 @@ ENTRANTS = {
         package="transformers", script="hf_trainer.py", options=_TUNED, lora=_FROZEN, variables=_KEEP_MEMORY
     ),
     # All in bfloat16, master weights and moments too: fast, but small updates are rounded away.
-    "hf-bf16": Entrant(
-        package="transformers", script="hf_trainer.py", options={"fused": True, "group": True, "workers": 1, **_FROZEN}
-    ),
+    "hf-bf16": Entrant(package="transformers", script="hf_trainer.py", options={**_TUNED_NO_BF16, **_FROZEN}),
     "trl": Entrant(package="trl", script="trl_sft.py", options=_TUNED, lora=_FROZEN),
-    "trl-packed": Entrant(package="trl", script="trl_sft.py", options={**_BF16, "packing": True, "workers": 1}, lora=_FROZEN),
-    "trl-padding-free": Entrant(
-        package="trl", script="trl_sft.py", options={**_BF16, "padding_free": True, "workers": 1}, lora=_FROZEN
-    ),
+    "trl-packed": Entrant(package="trl", script="trl_sft.py", options={**_BF16, "packing": True}, lora=_FROZEN),
+    "trl-padding-free": Entrant(package="trl", script="trl_sft.py", options={**_BF16, "padding_free": True}, lora=_FROZEN),
     # (c) tools with loops of their own
     "llamafactory": Entrant(package="llamafactory", script="llamafactory_sft.py", options=_TUNED),
     "litgpt": Entrant(package="litgpt", script="litgpt_finetune.py", options={"precision": "bf16-mixed"}),
     "litgpt-bf16": Entrant(package="litgpt", script="litgpt_finetune.py", options={"precision": "bf16-true"}),
+    # (d) tuned for a processor that does not multiply bfloat16 fast: all of the above but bf16
+    "hf-tuned-no-bf16": Entrant(package="transformers", script="hf_trainer.py", options=_TUNED_NO_BF16, float32=True),
+    "trl-no-bf16": Entrant(package="trl", script="trl_sft.py", options=_TUNED_NO_BF16, float32=True),
+    "trl-padding-free-no-bf16": Entrant(
+        package="trl", script="trl_sft.py", options={**_FUSED, "padding_free": True}, float32=True
+    ),
+    "llamafactory-no-bf16": Entrant(package="llamafactory", script="llamafactory_sft.py", options=_TUNED_NO_BF16, float32=True),
+    "litgpt-no-bf16": Entrant(package="litgpt", script="litgpt_finetune.py", options={"precision": "32-true"}, float32=True),
 }
 
-STANDARD = ("sartor", "hf", "hf-tuned", "trl", "litgpt")
-"""Those of the full benchmark: of a peer's variants the fastest."""
+_STANDARD = ("hf-tuned", "trl", "litgpt"), ("hf-tuned-no-bf16", "trl-padding-free-no-bf16", "llamafactory-no-bf16")
+
+
+def standard() -> tuple[str, ...]:
+    """Those of the full benchmark on this machine: of a peer's variants the fastest."""
+    from sartor.machine import probe
+    from sartor.step.precision import FAST_BF16
+
+    fast = any(name in FAST_BF16 for name in probe().instruction_sets)
+    return ("sartor", "hf", *_STANDARD[0 if fast else 1])
 
 
 def versions(python: str) -> dict[str, str]:
