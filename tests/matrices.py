@@ -1,14 +1,20 @@
-"""Matrices of bfloat16 numbers as products meet them, and what a product of them has to be."""
+"""Matrices as products of Sartor's own meet them on this machine, and what a product of them has to be."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-ROUNDING = 2**-8
+from sartor.kernels.matmul import multiplies
+
+FORMAT = torch.float32 if multiplies(torch.float32) and not multiplies() else torch.bfloat16
+"""Of the numbers that this processor multiplies by compiled loops."""
+OURS = pytest.mark.skipif(not multiplies(FORMAT), reason="no compiler, or a processor for which there are no products of our own")
+ROUNDING = torch.finfo(FORMAT).eps / 2
 
 
 def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).to(torch.bfloat16)
+    return torch.randn(shape).to(FORMAT)
 
 
 def laid(rows: int, columns: int, turned: bool = False, *, gap: int = 0) -> torch.Tensor:

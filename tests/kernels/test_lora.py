@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from matrices import FORMAT, OURS
 from sartor.kernels import linear, lora
 from sartor.kernels.fuse import fuse, unfuse
 from sartor.kernels.lora import MOST_RANK, Layer, linears, lora_of
-from sartor.kernels.matmul import multiplies
 from sartor.kernels.native import products_library
 
 pytestmark = pytest.mark.skipif(products_library() is None, reason="there is no C++ compiler")
@@ -68,7 +68,7 @@ def adapted(**options: object) -> nn.Module:
 def test_peft_layers_give_the_same_and_may_be_turned_off() -> None:
     model, x = adapted(r=4), torch.randn(7, 24)
     usual = copy.deepcopy(model)
-    assert fuse(model) == {"adapters": 2}
+    assert fuse(model)["adapters"] == 2
     torch.testing.assert_close(model(x), usual(x), atol=1e-5, rtol=1e-5)
     with model.disable_adapter(), usual.disable_adapter():
         assert torch.equal(model(x), usual(x))
@@ -136,11 +136,11 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"x": x.grad.float(), **trained}  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
+@OURS
 def test_trained_layers_with_one_input_are_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Attention()).to(torch.bfloat16)
-    usual, x, seen = copy.deepcopy(model), torch.randn(40, 24).bfloat16(), []
+    model = nn.Sequential(Attention()).to(FORMAT)
+    usual, x, seen = copy.deepcopy(model), torch.randn(40, 24).to(FORMAT), []
     computed = linear.linears
     monkeypatch.setattr(linear, "linears", lambda x, layers: seen.append(len(layers)) or computed(x, layers))
     fuse(model)

@@ -1,4 +1,4 @@
-"""Products in bfloat16 by loops of our own: any shape, any layout, exact but for one rounding."""
+"""Products by loops of our own: any shape, any layout, exact but for one rounding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from matrices import laid, near, normal
+from matrices import FORMAT, OURS, laid, near, normal
 from sartor.kernels import matmul, native
-from sartor.kernels.matmul import multiplies, multiply, product
+from sartor.kernels.matmul import multiply, product
 
-pytestmark = pytest.mark.skipif(not multiplies(), reason="no compiler, or a processor without AVX-512 BF16")
+pytestmark = OURS
 
 
 @pytest.fixture(params=["as it is", "pairs"])
@@ -74,7 +74,7 @@ def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone() -
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        room = torch.zeros(132, 96, dtype=torch.bfloat16)
+        room = torch.zeros(132, 96, dtype=FORMAT)
         multiply(a, b, room[1:131, :90])
         assert not any(part.any() for part in (room[0], room[131], room[:, 90:]))
         found.append(room)
@@ -85,6 +85,8 @@ def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone() -
 def test_nothing_to_sum_up_and_nothing_to_compute() -> None:
     bias = normal(5)
     assert multiply(normal(0, 4), normal(4, 5)).shape == (0, 5)
-    result = torch.empty(3, 5, dtype=torch.float32)
-    product(torch.ones(3, 2), torch.ones(2, 5), result, bias.float())  # of another format: PyTorch's
-    torch.testing.assert_close(result, 2 + bias.float().expand(3, 5))
+    result = torch.empty(3, 5, dtype=torch.float64)
+    product(torch.ones(3, 2).double(), torch.ones(2, 5).double(), result, bias.double())  # of another format: PyTorch's
+    torch.testing.assert_close(result, 2 + bias.double().expand(3, 5))
+    product(torch.ones(3, 2).double(), torch.ones(2, 5).double(), result, adds=True)
+    torch.testing.assert_close(result, 4 + bias.double().expand(3, 5))

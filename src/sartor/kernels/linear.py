@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 on a CPU by the products of `matmul.py`.
+"""Linear layers on a CPU by the products of `matmul.py`.
 
 Where an input has fewer rows than a tile, as when a model answers, the weight is multiplied by the input instead, which takes one
 pass over the weight as it lies in memory (`thin.py`).
@@ -27,8 +27,8 @@ LEAST_ROWS = 16
 
 
 def linear_of(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """A forward for a plain linear layer in bfloat16; None for anything else, and on processors that cannot."""
-    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not multiplies():
+    """A forward for a plain linear layer; None for anything else, and where products of its format are not ours."""
+    if type(module) is not nn.Linear or not multiplies(module.weight.dtype):
         return None
     return functools.partial(run, module)
 
@@ -41,7 +41,7 @@ def run(module: nn.Linear, x: Tensor) -> Tensor:
 def ready(module: nn.Linear, x: Tensor) -> Layer | None:
     """The module's weights, where its products are ours for this input."""
     weight = module.weight
-    usual = x.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type) or not takes(weight)
+    usual = x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) or not takes(weight)
     if usual or (math.prod(x.shape[:-1]) < LEAST_ROWS and not has_tiles()):
         return None
     return Layer(weight, module.bias, *prepacked(module))
@@ -60,7 +60,7 @@ _TENSORS = len(Layer._fields)
 
 
 def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """x W^T + bias of each layer, for x … K; all bfloat16."""
+    """x W^T + bias of each layer, for x … K; all of one format."""
     result: tuple[Tensor, ...] = apply(_Linears, x, *tensors(layers))
     return result
 
@@ -125,7 +125,8 @@ def layers_of(given: Sequence[Any], _: Sequence[float] = ()) -> list[Layer]:
 
 def may_wait(layers: Sequence[Layer], rows: int) -> bool:
     """Whether nothing of `compute` and `differentiate` reads what they are given before it runs itself."""
-    return rows >= LEAST_ROWS and has_tiles() and all(layer.bias_N is None for layer in layers)
+    ours = has_tiles() or layers[0].weight_NK.dtype == torch.float32
+    return rows >= LEAST_ROWS and ours and all(layer.bias_N is None for layer in layers)
 
 
 def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
@@ -152,6 +153,7 @@ def differentiate(
 
 def _to_weight(gradient_MN: Tensor, x_MK: Tensor) -> Tensor:
     """The gradient of a weight. Where results are taller than wide, PyTorch's products by pairs are faster."""
-    if gradient_MN.shape[1] > x_MK.shape[1] and not has_tiles():
+    by_pairs = x_MK.dtype == torch.bfloat16 and not has_tiles()
+    if by_pairs and gradient_MN.shape[1] > x_MK.shape[1]:
         return torch.mm(gradient_MN.t(), x_MK)
     return multiply(gradient_MN.t(), x_MK)

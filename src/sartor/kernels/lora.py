@@ -2,9 +2,8 @@
 
 PEFT's own layer takes two small products, a scaling and a sum more for the adapter, each over memory of its own, and backward
 seven.
-Where the processor multiplies pairs of bfloat16 numbers, all of it is the products of `matmul.py`, which add that of low rank on
-their way; elsewhere the product with W is PyTorch's, and what the adapter adds is compiled (`lora.cpp`), summed in float32 and
-rounded once.
+Where products are those of `matmul.py`, all of it is: they add that of low rank on their way. Elsewhere the product with W is
+PyTorch's, and what the adapter adds is compiled (`lora.cpp`), summed in float32 and rounded once.
 
 Shapes: M rows, K input channels, N output channels, R rank.
 """
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from sartor.kernels.calls import in_one_call
 from sartor.kernels.fused import FORMATS, suited
 from sartor.kernels.linear import LEAST_ROWS, product_with
-from sartor.kernels.matmul import multiply, takes
+from sartor.kernels.matmul import has_tiles, multiply, takes
 from sartor.kernels.native import Operator, apply, products_library
 from sartor.kernels.prepack import prepacked
 from sartor.kernels.thin import gradient, narrow, narrow_and_gradient
@@ -131,23 +130,28 @@ class _LoRALinears(torch.autograd.Function):
 
 def may_wait(layers: Sequence[Layer], rows: int) -> bool:
     """Whether nothing of `compute` and `differentiate` reads what they are given before it runs itself."""
-    return rows >= LEAST_ROWS and all(takes(layer.weight_NK) for layer in layers)
+    return rows >= LEAST_ROWS and _are_ours(layers, rows)
+
+
+def _are_ours(layers: Sequence[Layer], rows: int) -> bool:
+    """Whether all of it is products of our own; for few rows laying out the weight is most of the work, but with tiles."""
+    return (rows >= LEAST_ROWS or has_tiles()) and all(takes(layer.weight_NK) for layer in layers)
 
 
 def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`."""
-    pairs = all(takes(layer.weight_NK) for layer in layers)
-    with in_one_call(x_MK, when=pairs and len(x_MK) >= LEAST_ROWS):
-        return _in_pairs(layers, x_MK, into) if pairs else _in_floats(layers, x_MK)
+    ours = _are_ours(layers, len(x_MK))
+    with in_one_call(x_MK, when=ours and len(x_MK) >= LEAST_ROWS):
+        return _by_products(layers, x_MK, into) if ours else _by_loops(layers, x_MK)
 
 
 def differentiate(
     layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x, if that is `wanted`, and of the tensors of all layers."""
-    pairs = all(takes(layer.weight_NK) for layer in layers)
-    with in_one_call(x_MK, when=pairs):
-        back = _in_pairs_backward if pairs else _in_floats_backward
+    ours = _are_ours(layers, len(x_MK))
+    with in_one_call(x_MK, when=ours):
+        back = _by_products_backward if ours else _by_loops_backward
         to_x_MK, to_abs = back(layers, gradients, x_MK, kept, wanted=wanted[0])
     return to_x_MK, [tensor for to_a, to_b in to_abs for tensor in (None, None, to_a, to_b, None, None)]
 
@@ -173,8 +177,8 @@ def _parts(whole: Tensor, dimension: int, layers: Sequence[Layer]) -> tuple[Tens
     return tuple(parts)
 
 
-def _in_pairs(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers, and scale x A^T of all of them in bfloat16."""
+def _by_products(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and scale x A^T of all of them in their format."""
     low_MR = x_MK.new_empty(x_MK.shape[0], sum(layer.a_RK.shape[0] for layer in layers))
     lows = _beside(low_MR, layers)
     if len({layer.scale for layer in layers}) == 1:  # in one pass over x
@@ -190,7 +194,7 @@ def _in_pairs(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None) -> tup
     return made, [low_MR]
 
 
-def _in_pairs_backward(
+def _by_products_backward(
     layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, lows: Sequence[Tensor], *, wanted: bool
 ) -> tuple[Tensor | None, _Gradients]:
     to_low_MR, to_x_MK = torch.empty_like(lows[0]), None
@@ -206,14 +210,14 @@ def _in_pairs_backward(
     return to_x_MK, list(zip(_parts(to_a_RK, 0, layers), to_b_NRs, strict=True))
 
 
-def _in_floats(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _by_loops(layers: Sequence[Layer], x_MK: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The layers, and x A^T of each in float32."""
     made = [F.linear(x_MK, layer.weight_NK, layer.bias_N) for layer in layers]
     lows = [add_low_rank_(x_MK, layer.a_RK, layer.b_NR, y_MN, layer.scale) for layer, y_MN in zip(layers, made, strict=True)]
     return made, lows
 
 
-def _in_floats_backward(
+def _by_loops_backward(
     layers: Sequence[Layer], gradients: Sequence[Tensor], x_MK: Tensor, lows: Sequence[Tensor], *, wanted: bool
 ) -> tuple[Tensor | None, _Gradients]:
     to_x_MK: Tensor | None = None

@@ -1,8 +1,9 @@
-"""Matrix products of bfloat16 numbers on a CPU by loops of our own (`matmul.cpp`).
+"""Matrix products on a CPU by loops of our own: of bfloat16 numbers (`matmul.cpp`), or of float32 ones (`floats.cpp`).
 
-For processors that multiply pairs of bfloat16 numbers (AVX-512 BF16) or tiles of them (AMX). PyTorch's library compiles code for
-every shape, and reaches nine tenths or less of what these do; they take any shape as it comes, and add a product of low rank on
-the way, which is what an adapter needs (`lora.py`). Sums are in float32, rounded once, whatever the number of threads.
+In bfloat16 for processors that multiply pairs of numbers (AVX-512 BF16) or tiles of them (AMX). PyTorch's library compiles code
+for every shape, and reaches nine tenths or less of what these do; they take any shape as it comes, and add a product of low rank
+on the way, which is what an adapter needs (`lora.py`). In float32 for AMD's processors with AVX2 (and without AVX-512), on which
+they are an eighth faster than PyTorch's library. Sums are in float32, rounded once, whatever the number of threads.
 
 Shapes: M x K times K x N; a linear layer has M rows, K input and N output channels.
 """
@@ -27,6 +28,9 @@ _MOST_DEPTH = 2048
 _TASK_ROWS = 1008
 _PACKED_BYTES = 4 * 2**20
 """Of rows that do not lie in memory one behind the other, laid out at a time."""
+_FLOATS_GROUP, _FLOATS_STRIP, _FLOATS_DEPTH, _FLOATS_ROWS, _FLOATS_BYTES = 6, 16, 768, 48, 4 * 2**20
+"""Of float32 numbers: rows and columns of a tile, the most that are summed up at a time, rows of a task, and the memory of
+columns that are laid out together."""
 _PIECES = 4
 """Of work for each thread, at least: what one leaves, another takes. Two are enough if panels are twice as wide for that."""
 
@@ -49,9 +53,15 @@ def _worth() -> int:
     return 0 if loaded is None else int(loaded.matmul_worth())
 
 
-def multiplies() -> bool:
-    """Whether this machine can: an instruction for it, and a compiler."""
-    return _worth() > 0
+@functools.cache
+def _worth_in_floats() -> int:
+    loaded = products_library()
+    return 0 if loaded is None else int(loaded.floats_worth())
+
+
+def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether this machine can, and is faster by it: instructions for numbers of this format, and a compiler."""
+    return _worth() > 0 if dtype == torch.bfloat16 else dtype == torch.float32 and _worth_in_floats() > 0
 
 
 def has_tiles() -> bool:
@@ -60,8 +70,9 @@ def has_tiles() -> bool:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these matrices lie in memory as `multiply` takes them."""
-    return multiplies() and all(tensor.dtype == torch.bfloat16 and tensor.is_cpu and 1 in tensor.stride() for tensor in tensors)
+    """Whether these matrices are of one format and lie in memory as `multiply` takes them."""
+    dtype = tensors[0].dtype
+    return multiplies(dtype) and all(tensor.dtype == dtype and tensor.is_cpu and 1 in tensor.stride() for tensor in tensors)
 
 
 def multiply(
@@ -77,7 +88,7 @@ def multiply(
 ) -> Tensor:
     """scale (a b + a' b') + bias, `more` being a' (M x R) and b' (R x N); written to c where it is given, or added to it.
 
-    Matrices are bfloat16, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
+    Matrices are of one format, and rows of them or of their transposes lie in memory without gaps: those of a', and of b' as b's.
     `laid`: b as `lay_out` gives it, which is used if it is as rows of a want it; the result is the same to the bit.
     """
     (m, k), n = a_MK.shape, b_KN.shape[1]
@@ -85,15 +96,25 @@ def multiply(
         c_MN = a_MK.new_empty(m, n)
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
-        room = room_of(a_MK, _Blocks.of(m, n, k, depth, turned=_is_turned(a_MK)).room_bytes)
+        room = room_of(a_MK, _Blocks.of(m, n, k, depth, a_MK).room_bytes)
         matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds, laid)
     return c_MN
 
 
-def product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, bias_N: Tensor | None = None, *, laid: Tensor | None = None) -> None:
-    """c = a b + bias by what is fastest here."""
+def product(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    c_MN: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    adds: bool = False,
+    laid: Tensor | None = None,
+) -> None:
+    """c = a b + bias by what is fastest here; or c += a b."""
     if takes(a_MK, b_KN, c_MN):
-        multiply(a_MK, b_KN, c_MN, bias_N=bias_N, laid=laid)
+        multiply(a_MK, b_KN, c_MN, bias_N=bias_N, adds=adds, laid=laid)
+    elif adds:
+        c_MN.addmm_(a_MK, b_KN)
     elif bias_N is None:
         torch.mm(a_MK, b_KN, out=c_MN)
     else:
@@ -139,6 +160,8 @@ class _Blocks:
     depth: int
     task_rows: int
     packed_rows: int
+    strip: int
+    """Columns of a task in float32."""
     thread_bytes: int
     packed_bytes: int
 
@@ -147,8 +170,29 @@ class _Blocks:
         return self.threads * self.thread_bytes + self.packed_bytes
 
     @staticmethod
-    def of(m: int, n: int, k: int, more_k: int, *, turned: bool) -> _Blocks:
-        return _Blocks._of(m, n, k, more_k, turned, torch.get_num_threads(), has_tiles())
+    def of(m: int, n: int, k: int, more_k: int, a_MK: Tensor) -> _Blocks:
+        if a_MK.dtype == torch.float32:
+            return _Blocks._of_floats(m, n, k, more_k, _is_turned(a_MK), torch.get_num_threads())
+        return _Blocks._of(m, n, k, more_k, _is_turned(a_MK), torch.get_num_threads(), has_tiles())
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def _of_floats(m: int, n: int, k: int, more_k: int, turned: bool, threads: int) -> _Blocks:
+        depth = min(_up(-(-k // -(-k // _FLOATS_DEPTH)), 8), k)
+        deepest = depth + more_k
+        panel = min(_up(n, _FLOATS_STRIP), max(_FLOATS_BYTES // (4 * deepest) // _FLOATS_STRIP, 1) * _FLOATS_STRIP)
+        task_rows = min(_FLOATS_ROWS, _up(m, _FLOATS_GROUP))
+        parts = -(-_PIECES * threads // -(-m // task_rows))
+        return _Blocks(
+            threads=threads,
+            panel=panel,
+            depth=depth,
+            task_rows=task_rows,
+            packed_rows=0,
+            strip=_up(-(-panel // parts), _FLOATS_STRIP),
+            thread_bytes=4 * task_rows * deepest,
+            packed_bytes=4 * panel * deepest,
+        )
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -169,6 +213,7 @@ class _Blocks:
             depth=depth,
             task_rows=task_rows,
             packed_rows=rows,
+            strip=0,
             thread_bytes=2 * panel * (depth + _up(more_k, _STEP)) + (4 * panel * task_rows if depth < k else 0),
             packed_bytes=2 * rows * _up(k, step) if turned else 0,
         )
@@ -191,12 +236,12 @@ def _matmul(
     laid: Tensor | None = None,
 ) -> None:
     loaded = products_library()
-    if loaded is None or not multiplies():
-        raise RuntimeError("sartor::matmul_ has to be compiled for a processor with AVX-512 BF16")
+    if loaded is None or not multiplies(a.dtype):
+        raise RuntimeError("sartor::matmul_ has to be compiled for a processor with AVX-512 BF16, or in float32 with AVX2")
     (m, k), n = a.shape, b.shape[1]
     more_k = 0 if more_a is None else more_a.shape[1]
-    blocks = _Blocks.of(m, n, k, more_k, turned=_is_turned(a))
-    strip = _strip(max(a.stride())) if a.stride(1) == 1 else 32
+    blocks = _Blocks.of(m, n, k, more_k, a)
+    strip = blocks.strip or (_strip(max(a.stride())) if a.stride(1) == 1 else 32)
     laid = laid if laid is not None and laid.shape[2] == strip and has_tiles() else None
     places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c, laid))
     rows = (0 if matrix is None else max(matrix.stride()) for matrix in (a, b, more_a, more_b, c))
@@ -204,7 +249,8 @@ def _matmul(
         *places, m, n, k, more_k, *rows, *map(_is_turned, (a, b, c)), adds,
         blocks.threads, blocks.thread_bytes, blocks.panel, blocks.depth, blocks.task_rows, blocks.packed_rows, strip, scale,
     )  # fmt: skip
-    call(loaded.matmul, problem, room, blocks.room_bytes, a, b, c, bias, more_a, more_b, laid)
+    loops = loaded.matmul_floats if a.dtype == torch.float32 else loaded.matmul
+    call(loops, problem, room, blocks.room_bytes, a, b, c, bias, more_a, more_b, laid)
 
 
 matmul_ = Operator(

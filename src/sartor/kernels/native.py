@@ -25,9 +25,9 @@ import torch
 from sartor.folders import cache_folder
 
 HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "fused.cpp"))
-_PARTS = "native.h", "tile.h", "pairs.h", "amx.h", "attention.h", "attention_tiles.h"
+_PARTS = "native.h", "tile.h", "problem.h", "pairs.h", "amx.h", "attention.h", "attention_tiles.h"
 _TILES = tuple(Path(__file__).with_name(name) for name in _PARTS)
-_PRODUCTS = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "lora.cpp", "matmul.cpp", "thin.cpp"))
+_PRODUCTS = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("attention", "floats", "lora", "matmul", "thin"))
 
 _COMMON = (
     "-std=c++17",

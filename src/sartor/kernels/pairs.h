@@ -1,4 +1,4 @@
-// A product (`problem`), its result, and how numbers are laid out for it: in pairs along what is summed over (matmul.cpp, amx.h).
+// How numbers are laid out for a product (`problem`): in pairs along what is summed over (matmul.cpp, amx.h); and its result.
 
 #pragma once
 
@@ -6,21 +6,8 @@
 #include <cstring>
 
 #include "native.h"
+#include "problem.h"
 #include "tile.h"
-
-// Field by field `_Problem` of matmul.py.
-struct problem {
-    const uint16_t *a, *b, *more_a, *more_b, *bias;
-    uint16_t *c;
-    const uint32_t *laid;  // b as `lay_out_all` lays it out, or null
-    int64_t m, n, k, more_k;
-    int64_t a_row, b_row, more_a_row, more_b_row, c_row;  // from one row in memory to the next
-    int64_t a_turned, b_turned, c_turned;                 // k x m, n x k and n x m in memory
-    int64_t adds;                                         // to what c holds
-    int64_t threads, thread_bytes, panel, depth, task_rows, packed_rows;  // panel: columns of b that are laid out together
-    int64_t strip;                                                        // columns of the panel that lie in a row, by tiles
-    float scale;
-};
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define SARTOR_PAIRS 1

@@ -26,7 +26,7 @@ from sartor.folders import cache_folder
 if TYPE_CHECKING:
     from sartor.machine.probe import Machine
 
-CALIBRATION_VERSION = 9
+CALIBRATION_VERSION = 10
 """Of the file; raised when what a measurement means changes, or its speed. Files of other versions are not read."""
 
 

@@ -115,22 +115,22 @@ def _matmul(clock: Clock, notes: list[str]) -> Iterator[MatmulRate]:
 
 
 def _compiled_products(clock: Clock, as_run: AsRun | None) -> Iterator[MatmulRate]:
-    """Sartor's own, where there are any: in bfloat16."""
+    """Sartor's own, in the formats in which there are any."""
     if as_run is None or clock.device.type != "cpu":
         return
-    clock.section(_COMPILED_SECONDS)
-    operands = Operands(torch.bfloat16)
-    for n, k in _COMPILED_SHAPES_NK:
-        for form, m in itertools.product(("nt", "nn", "tn"), _COMPILED_ROWS_M):
-            call = _product(form, m, n, k, torch.bfloat16, operands, compiled=True)
+    for dtype in FLOATS:
+        clock.section(_COMPILED_SECONDS)
+        operands = Operands(dtype)
+        for (n, k), form, m in itertools.product(_COMPILED_SHAPES_NK, ("nt", "nn", "tn"), _COMPILED_ROWS_M):
+            call = _product(form, m, n, k, dtype, operands, compiled=True)
             try:
                 call()
             except RuntimeError as error:
                 if "has to be compiled" in str(error):  # not on this processor
-                    return
+                    break
                 raise
             rate = 2 * m * n * k / clock.seconds(call)
-            yield MatmulRate(dtype="bfloat16", form=f"compiled {form}", batch=1, m=m, n=n, k=k, flops_per_second=rate)
+            yield MatmulRate(dtype=_name(dtype), form=f"compiled {form}", batch=1, m=m, n=n, k=k, flops_per_second=rate)
 
 
 def _problems(device: torch.device) -> Iterator[tuple[str, int, int, int]]:

@@ -41,7 +41,7 @@ def head_and_loss(args: Sequence[Any]) -> list[Operation]:
     weights = weight_VH * rows // chunk
     common: dict[str, Any] = {"dtype": str(extent.compute).removeprefix("torch."), "made_bytes": 0}
     product: dict[str, Any] = {"name": HEAD, "family": "matmul", "flops": 2 * rows * columns * width, **common}
-    form = BY_OWN_LOOPS if extent.compute == torch.bfloat16 and multiplies() else ""
+    form = BY_OWN_LOOPS if multiplies(extent.compute) else ""
     sizes = 1, chunk, columns, width
     made = [
         Operation(**product, read_bytes=hidden_NH + weights, written_bytes=logits_NV, sizes=sizes, form=form + "nt"),
