@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from matrices import FORMAT, OURS
 from sartor.kernels import fuse as module
 from sartor.kernels.fuse import fuse, unfuse, watching
-from sartor.kernels.linear import LEAST_ROWS
+from sartor.kernels.linear import enough
 from sartor.kernels.matmul import has_tiles
 from sartor.step.step import enable_recompute
 
@@ -61,7 +61,7 @@ def test_it_is_what_the_model_computes(method: str, rows: int, bias: bool, seen:
     tokens = torch.randint(50, (1, rows))
     found, wanted = gradients(model, tokens), gradients(usual, tokens)
     whole = rows == 40 and (method == "lora" or (not bias and (has_tiles() or torch.float32 == FORMAT)))
-    ours = method == "lora" or rows >= LEAST_ROWS or has_tiles()
+    ours = method == "lora" or enough(rows, FORMAT)
     assert seen == ([whole, whole] if ours else [])
     assert found.keys() == wanted.keys()
     for name, one in wanted.items():

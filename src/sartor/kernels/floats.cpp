@@ -17,6 +17,7 @@ using floats = problem_of<float>;
 constexpr int64_t STRIP = 2 * LANES;  // columns of a tile
 constexpr int64_t GROUP = 6;          // rows of it: with a strip's two vectors and a factor they fill the registers
 constexpr int64_t FEW = 3 * STRIP;    // columns for which rows are not laid out
+constexpr int64_t LEAST_ROWS = 16;    // for which a weight is laid out (matmul.py)
 
 // What is summed up at a time: `depth` columns of a and as many rows of b, then, of an adapter, `more` of a' and of b'.
 struct block {
@@ -196,6 +197,60 @@ void columns_of(const floats &of, const block &at, int64_t first, int64_t until,
     }
 }
 
+// COUNT rows of a by two rows of a weight, which are columns of b: to[j, i] += a[i] b[j].
+template <int COUNT>
+inline void meet(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float (&to)[2][COUNT]) {
+    lanes sums[2][COUNT];
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) sums[0][i] = sums[1][i] = lanes{};
+    int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+        const lanes first = *(const lanes *)(b + k), second = *(const lanes *)(b + b_row + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; i++) {
+            const lanes row = *(const lanes *)(a + i * a_row + k);
+            sums[0][i] += row * first;
+            sums[1][i] += row * second;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            for (int64_t n = 0; n < LANES; n++) to[j][i] += sums[j][i][n];
+            for (int64_t n = k; n < depth; n++) to[j][i] += a[i * a_row + n] * b[j * b_row + n];
+        }
+}
+
+// Columns `column` and, if there is one, the next; rows `row` to `row + COUNT`.
+template <int COUNT>
+inline void few(const floats &of, int64_t row, int64_t column) {
+    const int64_t columns = of.n - column < 2 ? 1 : 2, second = columns - 1;
+    float sums[2][COUNT] = {};
+    meet<COUNT>(of.a + row * of.a_row, of.a_row, of.b + column * of.b_row, second * of.b_row, of.k, sums);
+    const float *more = of.more_b + column * of.more_b_row;
+    if (of.more_k > 0) meet<COUNT>(of.more_a + row * of.more_a_row, of.more_a_row, more, second * of.more_b_row, of.more_k, sums);
+    for (int64_t j = 0; j < columns; j++)
+        for (int i = 0; i < COUNT; i++) {
+            float *at = of.c_turned ? of.c + (column + j) * of.c_row + row + i : of.c + (row + i) * of.c_row + column + j;
+            const float sum = sums[j][i] * of.scale + (of.bias == nullptr ? 0.0f : of.bias[column + j]);
+            *at = of.adds ? *at + sum : sum;
+        }
+}
+
+// An input of few rows by a weight as it lies, in one pass over it: laying it out would be most of the work.
+void few_rows(const floats &of) {
+#pragma omp parallel for schedule(static) num_threads(int(of.threads))
+    for (int64_t column = 0; column < of.n; column += 2)
+        for (int64_t row = 0; row < of.m;) {
+            const int64_t left = of.m - row;
+            if (left >= 4) few<4>(of, row, column), row += 4;
+            else if (left == 3) few<3>(of, row, column), row += 3;
+            else if (left == 2) few<2>(of, row, column), row += 2;
+            else few<1>(of, row, column), row += 1;
+        }
+}
+
 }  // namespace
 
 #endif
@@ -216,6 +271,7 @@ int floats_worth() {
 void matmul_floats(const problem_of<float> *given, char *room) {
 #if defined(SARTOR_FLOATS)
     const floats &of = *given;
+    if (of.m < LEAST_ROWS && of.b_turned && !of.a_turned) return few_rows(of);
     float *strips = reinterpret_cast<float *>(room + of.threads * of.thread_bytes);
 #pragma omp parallel num_threads(int(of.threads))
     for (int64_t first = 0; first < of.n; first += of.panel) {

@@ -42,9 +42,14 @@ def ready(module: nn.Linear, x: Tensor) -> Layer | None:
     """The module's weights, where its products are ours for this input."""
     weight = module.weight
     usual = x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) or not takes(weight)
-    if usual or (math.prod(x.shape[:-1]) < LEAST_ROWS and not has_tiles()):
+    if usual or not enough(math.prod(x.shape[:-1]), x.dtype):
         return None
     return Layer(weight, module.bias, *prepacked(module))
+
+
+def enough(rows: int, dtype: torch.dtype) -> bool:
+    """Whether our products are for inputs of so many rows: of few, where weights can be read as they lie."""
+    return rows >= LEAST_ROWS or has_tiles() or dtype == torch.float32
 
 
 class Layer(NamedTuple):

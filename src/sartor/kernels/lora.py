@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from sartor.kernels.calls import in_one_call
 from sartor.kernels.fused import FORMATS, suited
-from sartor.kernels.linear import LEAST_ROWS, product_with
-from sartor.kernels.matmul import has_tiles, multiply, takes
+from sartor.kernels.linear import LEAST_ROWS, enough, product_with
+from sartor.kernels.matmul import multiply, takes
 from sartor.kernels.native import Operator, apply, products_library
 from sartor.kernels.prepack import prepacked
 from sartor.kernels.thin import gradient, narrow, narrow_and_gradient
@@ -134,8 +134,8 @@ def may_wait(layers: Sequence[Layer], rows: int) -> bool:
 
 
 def _are_ours(layers: Sequence[Layer], rows: int) -> bool:
-    """Whether all of it is products of our own; for few rows laying out the weight is most of the work, but with tiles."""
-    return (rows >= LEAST_ROWS or has_tiles()) and all(takes(layer.weight_NK) for layer in layers)
+    """Whether all of it is products of our own."""
+    return enough(rows, layers[0].weight_NK.dtype) and all(takes(layer.weight_NK) for layer in layers)
 
 
 def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:

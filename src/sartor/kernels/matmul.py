@@ -31,6 +31,8 @@ _PACKED_BYTES = 4 * 2**20
 _FLOATS_GROUP, _FLOATS_STRIP, _FLOATS_DEPTH, _FLOATS_ROWS, _FLOATS_BYTES = 6, 16, 768, 48, 4 * 2**20
 """Of float32 numbers: rows and columns of a tile, the most that are summed up at a time, rows of a task, and the memory of
 columns that are laid out together."""
+_FLOATS_LEAST_ROWS = 16
+"""For which a weight is laid out; fewer meet it as it lies."""
 _PIECES = 4
 """Of work for each thread, at least: what one leaves, another takes. Two are enough if panels are twice as wide for that."""
 
@@ -96,7 +98,7 @@ def multiply(
         c_MN = a_MK.new_empty(m, n)
     if m and n:
         depth = 0 if more is None else more[0].shape[1]
-        room = room_of(a_MK, _Blocks.of(m, n, k, depth, a_MK).room_bytes)
+        room = room_of(a_MK, _Blocks.of(m, n, k, depth, a_MK, b_KN).room_bytes)
         matmul_(a_MK, b_KN, c_MN, room, bias_N, *(more or (None, None)), scale, adds, laid)
     return c_MN
 
@@ -170,14 +172,15 @@ class _Blocks:
         return self.threads * self.thread_bytes + self.packed_bytes
 
     @staticmethod
-    def of(m: int, n: int, k: int, more_k: int, a_MK: Tensor) -> _Blocks:
+    def of(m: int, n: int, k: int, more_k: int, a_MK: Tensor, b_KN: Tensor) -> _Blocks:
         if a_MK.dtype == torch.float32:
-            return _Blocks._of_floats(m, n, k, more_k, _is_turned(a_MK), torch.get_num_threads())
+            as_it_lies = m < _FLOATS_LEAST_ROWS and _is_turned(b_KN) and not _is_turned(a_MK)
+            return _Blocks._of_floats(m, n, k, more_k, as_it_lies, torch.get_num_threads())
         return _Blocks._of(m, n, k, more_k, _is_turned(a_MK), torch.get_num_threads(), has_tiles())
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
-    def _of_floats(m: int, n: int, k: int, more_k: int, turned: bool, threads: int) -> _Blocks:
+    def _of_floats(m: int, n: int, k: int, more_k: int, as_it_lies: bool, threads: int) -> _Blocks:
         depth = min(_up(-(-k // -(-k // _FLOATS_DEPTH)), 8), k)
         deepest = depth + more_k
         panel = min(_up(n, _FLOATS_STRIP), max(_FLOATS_BYTES // (4 * deepest) // _FLOATS_STRIP, 1) * _FLOATS_STRIP)
@@ -190,8 +193,8 @@ class _Blocks:
             task_rows=task_rows,
             packed_rows=0,
             strip=_up(-(-panel // parts), _FLOATS_STRIP),
-            thread_bytes=4 * task_rows * deepest,
-            packed_bytes=4 * panel * deepest,
+            thread_bytes=0 if as_it_lies else 4 * task_rows * deepest,
+            packed_bytes=0 if as_it_lies else 4 * panel * deepest,
         )
 
     @staticmethod
@@ -240,7 +243,7 @@ def _matmul(
         raise RuntimeError("sartor::matmul_ has to be compiled for a processor with AVX-512 BF16, or in float32 with AVX2")
     (m, k), n = a.shape, b.shape[1]
     more_k = 0 if more_a is None else more_a.shape[1]
-    blocks = _Blocks.of(m, n, k, more_k, a)
+    blocks = _Blocks.of(m, n, k, more_k, a, b)
     strip = blocks.strip or (_strip(max(a.stride())) if a.stride(1) == 1 else 32)
     laid = laid if laid is not None and laid.shape[2] == strip and has_tiles() else None
     places = (None if tensor is None else tensor.data_ptr() for tensor in (a, b, more_a, more_b, bias, c, laid))
