@@ -74,7 +74,7 @@ def test_peft_layers_give_the_same_and_may_be_turned_off() -> None:
         torch.testing.assert_close(model(x), usual(x), atol=1e-6, rtol=1e-6)
     model.merge_adapter()
     usual.merge_adapter()
-    assert torch.equal(model(x), usual(x))
+    torch.testing.assert_close(model(x), usual(x), atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
     unfuse(model)
     assert not any("forward" in vars(module) for module in model.modules())
