@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sartor.kernels.attend import attend_, attend_backward_, suits
 from sartor.kernels.fused import causal_softmax_, softmax_backward_
+from sartor.kernels.native import apply
 from sartor.kernels.segments import Group, Segments
 
 NAME = "segments"
@@ -154,9 +155,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
     """Causal softmax attention within each example. query: R H T D; key: R G T D; value: R G T E; the result: R T H E, zero where
     padding is. Probabilities are in the format of the queries, softmax inside is in float32."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    result: Tensor = _SegmentAttention.apply(  # type: ignore[no-untyped-call]
-        query.to(dtype), key.to(dtype), value.to(dtype), segments, scale
-    )
+    result: Tensor = apply(_SegmentAttention, query.to(dtype), key.to(dtype), value.to(dtype), segments, scale)
     return result
 
 

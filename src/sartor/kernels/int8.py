@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sartor.kernels.native import Operator, library
+from sartor.kernels.native import Operator, apply, library
 
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
 """Instruction sets with which a CPU multiplies int8 without losing sums to saturation, and several times as fast as float32."""
@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Int8Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
+        result: Tensor = apply(_Int8Product, x, self.weight, self.scale)
         return result if self.bias is None else result + self.bias
 
     def extra_repr(self) -> str:

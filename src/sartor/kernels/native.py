@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,11 +194,29 @@ class _Unkept:
     def save_for_backward(self, *_: Any) -> None: ...
 
 
+class _Forward(threading.local):
+    """Whether this thread is in the forward pass of a function that autograd records as one."""
+
+    recorded = False
+
+
+_forward = _Forward()
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply`, or its forward alone where no gradients are wanted: most of what a small call would take is PyTorch's."""
-    if torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return function.forward(_Unkept(), *arguments)
+    _forward.recorded = True
+    try:
         return function.apply(*arguments)
-    return function.forward(_Unkept(), *arguments)
+    finally:
+        _forward.recorded = False
+
+
+def is_recorded() -> bool:
+    """Whether what is computed now is a forward pass that autograd records, operator by operator or as part of a function."""
+    return torch.is_grad_enabled() or _forward.recorded
 
 
 def _declare(loaded: ctypes.CDLL) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.kernels.native import is_recorded
 from sartor.predict.fused import parts_of
 from sartor.predict.operations import VIEW, Operation, Operations, Segment
 from sartor.predict.operators import describe, describe_one, is_collective, tensors_of
@@ -128,7 +129,7 @@ def _kind_of(phase: str) -> str:
         return "update"
     if torch._C._current_graph_task_id() == _NO_TASK:
         return "forward"
-    return "recompute" if torch.is_grad_enabled() else "backward"
+    return "recompute" if is_recorded() else "backward"
 
 
 def _key(value: Any) -> Any:
