@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from matrices import PRODUCTS
 from sartor.kernels import matmul, native
 from sartor.kernels.matmul import multiply
 from sartor.machine import probe
@@ -40,24 +41,7 @@ def near(found: torch.Tensor, exact: torch.Tensor) -> bool:
     return bool(((found.double() - exact).abs() <= 1e-6 * exact.abs() + 2e-6 * exact.abs().max()).all())
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "k"),
-    [
-        (1, 16, 2),
-        (5, 20, 30),
-        (100, 200, 96),
-        (37, 34, 51),
-        (7, 3, 5),
-        (3, 301, 770),  # few rows, which a weight meets as it lies
-        (15, 7, 1030),
-        (49, 130, 64),
-        (16, 18, 4103),  # in several parts
-        (1100, 80, 33),
-        (3, 530, 9),
-        (12, 3100, 800),  # more columns than are laid out together
-        (20, 40, 2048),
-    ],
-)
+@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 @pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=3)))
 def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, bool]) -> None:
     torch.manual_seed(0)

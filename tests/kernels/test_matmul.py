@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from matrices import FORMAT, OURS, laid, near, normal
+from matrices import FORMAT, OURS, PRODUCTS, laid, near, normal
 from sartor.kernels import matmul, native
 from sartor.kernels.matmul import multiply, product
 
@@ -29,23 +29,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("processor")
-@pytest.mark.parametrize(
-    ("m", "n", "k"),
-    [
-        (1, 16, 2),
-        (5, 20, 30),
-        (100, 200, 96),
-        (37, 34, 51),
-        (7, 3, 5),
-        (49, 130, 64),
-        (16, 18, 4103),
-        (1100, 80, 33),
-        (3, 530, 9),
-        (50, 200, 1024),  # rows so far apart that they meet in a cache: other strips of tiles
-        (35, 1570, 4096),  # and wide panels
-        (20, 40, 2048),
-    ],
-)
+@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 @pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=3)))
 def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, bool]) -> None:
     torch.manual_seed(0)
