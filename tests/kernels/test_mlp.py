@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from matrices import FORMAT, OURS
 from sartor.kernels import fuse as module
+from sartor.kernels import linear, lora
 from sartor.kernels.fuse import fuse, unfuse, watching
 from sartor.kernels.linear import enough
 from sartor.kernels.matmul import has_tiles
@@ -52,6 +55,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
+def is_whole(method: str, *, bias: bool = False) -> bool:
+    """Whether the norm and the sum are part of the function."""
+    return method == "lora" or (not bias and (has_tiles() or torch.float32 == FORMAT))
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("bias", [False, True])
@@ -60,7 +68,7 @@ def test_it_is_what_the_model_computes(method: str, rows: int, bias: bool, seen:
     assert fuse(model)
     tokens = torch.randint(50, (1, rows))
     found, wanted = gradients(model, tokens), gradients(usual, tokens)
-    whole = rows == 40 and (method == "lora" or (not bias and (has_tiles() or torch.float32 == FORMAT)))
+    whole = rows == 40 and is_whole(method, bias=bias)
     ours = method == "lora" or enough(rows, FORMAT)
     assert seen == ([whole, whole] if ours else [])
     assert found.keys() == wanted.keys()
@@ -106,15 +114,51 @@ def test_one_that_only_watches_changes_nothing(seen: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_block_is_recomputed_as_it_was(method: str, seen: list[bool]) -> None:
+def test_a_block_is_recomputed_but_for_its_last_product(method: str, seen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model, kept = llama(method)
     for one in (model, kept):
         fuse(one)
+    products: list[tuple[int, ...]] = []
+    computed = linear.product_with
+
+    def noted(weight: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        products.append(weight.shape)
+        return computed(weight, *args, **named)
+
+    for where in (linear, lora):
+        monkeypatch.setattr(where, "product_with", noted)
     enable_recompute(model)
     tokens = torch.arange(40)[None]
     found = gradients(model, tokens)
-    assert seen == [True] * 4  # two blocks, and both again
+    assert seen == [is_whole(method)] * 4  # two blocks, and both again
+    assert products.count((96, 64)) == 4 * 2  # gate and up
+    assert products.count((64, 96)) == 2
     wanted = gradients(kept, tokens)
     assert found.keys() == wanted.keys()
     for name, one in wanted.items():
         assert torch.equal(found[name], one), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("how", ["to its end", "by the old function", "with what follows"])
+def test_one_that_is_recomputed_and_used(method: str, how: str, seen: list[bool]) -> None:
+    model, kept = llama(method, num_hidden_layers=1)
+    for one in (model, kept):
+        fuse(one)
+    block, usual = (next(part for part in one.modules() if isinstance(part, LlamaDecoderLayer)) for one in (model, kept))
+    torch.manual_seed(1)
+    x_BLK = torch.randn(1, 40, 64, dtype=FORMAT)
+    angles_BLK = torch.randn(1, 40, 16, dtype=FORMAT)
+
+    def compute(one: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = one(x, position_embeddings=(angles_BLK.cos(), angles_BLK.sin()))
+        return made.sin() if how == "with what follows" else made
+
+    found, wanted = (x_BLK.clone().requires_grad_() for _ in range(2))
+    with set_checkpoint_early_stop(how != "to its end"):
+        checkpoint(compute, block, found, use_reentrant=how == "by the old function").square().sum().backward()
+    compute(usual, wanted).square().sum().backward()
+    assert seen == [is_whole(method)] * 3
+    assert torch.equal(found.grad, wanted.grad)
+    for one, other in zip(block.parameters(), usual.parameters(), strict=True):
+        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)

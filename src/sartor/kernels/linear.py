@@ -134,7 +134,14 @@ def may_wait(layers: Sequence[Layer], rows: int) -> bool:
     return rows >= LEAST_ROWS and ours and all(layer.bias_N is None for layer in layers)
 
 
-def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def kept_of(layers: Sequence[Layer], x_MK: Tensor) -> list[Tensor] | None:
+    """What `compute` keeps for backward, if it can be had by itself."""
+    return []
+
+
+def compute(
+    layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None, kept: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`."""
     with in_one_call(x_MK, when=len(x_MK) >= LEAST_ROWS):
         return [product_with(of.weight_NK, x_MK, bias_N=of.bias_N, laid=of.forward, into=into) for of in layers], []

@@ -138,11 +138,24 @@ def _are_ours(layers: Sequence[Layer], rows: int) -> bool:
     return enough(rows, layers[0].weight_NK.dtype) and all(takes(layer.weight_NK) for layer in layers)
 
 
-def compute(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`."""
-    ours = _are_ours(layers, len(x_MK))
-    with in_one_call(x_MK, when=ours and len(x_MK) >= LEAST_ROWS):
-        return _by_products(layers, x_MK, into) if ours else _by_loops(layers, x_MK)
+def kept_of(layers: Sequence[Layer], x_MK: Tensor) -> list[Tensor] | None:
+    """What `compute` keeps for backward, if it can be had by itself."""
+    return [_low(layers, x_MK)] if _are_ours(layers, len(x_MK)) else None
+
+
+def compute(
+    layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None = None, kept: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers, and what they keep for backward. `into`: what is added to, where they `may_wait`. `kept`: by `kept_of`."""
+    if not _are_ours(layers, len(x_MK)):
+        return _by_loops(layers, x_MK)
+    with in_one_call(x_MK, when=len(x_MK) >= LEAST_ROWS):
+        low_MR = _low(layers, x_MK) if kept is None else kept[0]
+        made = [
+            product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N, layer.forward, into)
+            for layer, low in zip(layers, _beside(low_MR, layers), strict=True)
+        ]
+    return made, [low_MR]
 
 
 def differentiate(
@@ -177,21 +190,16 @@ def _parts(whole: Tensor, dimension: int, layers: Sequence[Layer]) -> tuple[Tens
     return tuple(parts)
 
 
-def _by_products(layers: Sequence[Layer], x_MK: Tensor, into: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers, and scale x A^T of all of them in their format."""
+def _low(layers: Sequence[Layer], x_MK: Tensor) -> Tensor:
+    """scale x A^T of all layers, in their format."""
     low_MR = x_MK.new_empty(x_MK.shape[0], sum(layer.a_RK.shape[0] for layer in layers))
-    lows = _beside(low_MR, layers)
     if len({layer.scale for layer in layers}) == 1:  # in one pass over x
         a_RK = layers[0].a_RK if len(layers) == 1 else torch.cat([layer.a_RK for layer in layers])
         narrow(x_MK, a_RK.t(), low_MR, scale=layers[0].scale)
     else:
-        for layer, low in zip(layers, lows, strict=True):
+        for layer, low in zip(layers, _beside(low_MR, layers), strict=True):
             narrow(x_MK, layer.a_RK.t(), low, scale=layer.scale)
-    made = [
-        product_with(layer.weight_NK, x_MK, (low, layer.b_NR.t()), layer.bias_N, layer.forward, into)
-        for layer, low in zip(layers, lows, strict=True)
-    ]
-    return made, [low_MR]
+    return low_MR
 
 
 def _by_products_backward(

@@ -2,7 +2,7 @@
 half of a decoder's block, y = x + MLP(norm(x)).
 
 All loops of it run in one call (`calls.py`), forward and backward, and what is summed up is summed where products write it. What
-is kept for backward is what the layers keep by themselves.
+is kept for backward is what the layers keep by themselves. Where a backward pass computes it again, the last product is left out.
 
 Shapes: M rows, K channels of x.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sartor.kernels.calls import in_one_call
 from sartor.kernels.fused import gated, gated_backward, norm, norm_backward
-from sartor.kernels.native import apply
+from sartor.kernels.native import apply, is_computed_again, keep
 
 
 class Norm(NamedTuple):
@@ -53,19 +53,27 @@ class _MLP(torch.autograd.Function):
     ) -> Tensor:
         x_MK, layers = x.reshape(-1, x.shape[-1]).contiguous(), of.layers_of(tensors, scales)
         whole = weight_K is not None
-        y_MK = x_MK.clone() if whole else None
+        made: Sequence[Tensor] = ()
         with in_one_call(x_MK, when=of.may_wait(layers, len(x_MK))):
             z_MK, inverse_M = norm(x_MK, weight_K, *numbers) if whole else (x_MK, None)
             (gate, up), first = of.compute(layers[:2], z_MK)
             inner = gated(gate, up)
-            (made_MK,), last = of.compute(layers[2:], inner, into=y_MK)
-        ctx.save_for_backward(weight_K, x_MK if whole else None, inverse_M, z_MK, gate, up, inner, *first, *last, *tensors)
+            last = of.kept_of(layers[2:], inner) if is_computed_again() else None
+            if last is None:
+                made, last = of.compute(layers[2:], inner, x_MK.clone() if whole else None)
+        saved = weight_K, x_MK if whole else None, inverse_M, z_MK, gate, up, inner, *first, *last, *tensors
         ctx.of, ctx.scales, ctx.kept, ctx.numbers = of, scales, (len(first), len(last)), numbers
-        return made_MK.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        if made:
+            ctx.keeper = None
+            ctx.save_for_backward(*saved)
+        else:
+            ctx.keeper = keep(*saved)
+            made, _ = of.compute(layers[2:], inner, x_MK.clone() if whole else None, last)
+        return made[0].view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        weight_K, x_MK, inverse_M, z_MK, gate, up, inner, *saved = ctx.saved_tensors
+        weight_K, x_MK, inverse_M, z_MK, gate, up, inner, *saved = (ctx.keeper or ctx).saved_tensors
         of, wanted = ctx.of, ctx.needs_input_grad
         first, last, tensors = _cut(saved, *ctx.kept)
         layers, half = of.layers_of(tensors, ctx.scales), _BESIDE + len(tensors) // 3 * 2

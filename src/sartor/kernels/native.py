@@ -219,6 +219,27 @@ def is_recorded() -> bool:
     return torch.is_grad_enabled() or _forward.recorded
 
 
+def is_computed_again() -> bool:
+    """Whether it is recorded within a backward pass, which wants what it keeps and not what it makes."""
+    return torch._C._current_graph_task_id() >= 0 and is_recorded()
+
+
+class _Kept(torch.autograd.Function):
+    """Nothing, but for what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+
+def keep(*tensors: torch.Tensor | None) -> Any:
+    """What has `tensors` as `saved_tensors`, within a forward pass. Recomputation ends here, by an exception, if it wants nothing
+    else: autograd itself asks what a function keeps when it has made its result."""
+    with torch.enable_grad():
+        return _Kept.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+
+
 def _declare(loaded: ctypes.CDLL) -> None:
     at, many, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for kind in ("bf16", "f32"):

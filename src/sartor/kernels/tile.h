@@ -14,7 +14,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16, COLUMNS = 4;  // floats of a vector, vectors of a tile: with four rows they fill the registers
 #elif defined(__AVX__)
-constexpr int64_t LANES = 8, COLUMNS = 2;
+constexpr int64_t LANES = 8, COLUMNS = 3;
 #else
 constexpr int64_t LANES = 4, COLUMNS = 4;
 #endif
@@ -42,6 +42,7 @@ struct in_floats {
         lanes sums[COUNT][WIDTH];
         for (int i = 0; i < COUNT; i++)
             for (int j = 0; j < WIDTH; j++) sums[i][j] = more ? *(const lanes *)(c + i * c_row + j * LANES) : lanes{};
+#pragma GCC unroll 4
         for (int64_t k = 0; k < depth; k++) {
             lanes row[WIDTH];
             for (int j = 0; j < WIDTH; j++) row[j] = *(const lanes *)(b + k * b_row + j * LANES);
