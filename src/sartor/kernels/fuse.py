@@ -197,7 +197,7 @@ def _block_forward(usual: Any) -> Any:
 
 
 def _run_block(module: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
-    """As `_BLOCK` does it, the second half as one function."""
+    """As `_BLOCK` does it, the second half as one function, of the positions that are wanted."""
     ours = getattr(vars(module.mlp).get("forward"), "func", None) is _run_mlp
     if args or not ours or _hooks(module.mlp):
         usual: Tensor = inspect.unwrap(type(module).forward)(module, hidden_states, *args, **named)
@@ -205,7 +205,11 @@ def _run_block(module: Any, hidden_states: Tensor, *args: Any, **named: Any) -> 
     named = {"past_key_values": None, "use_cache": False, "position_embeddings": None, **named}
     named = {"attention_mask": None, "position_ids": None, **named}
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **named)
-    result: Tensor = module.mlp(hidden_states + attended, module.post_attention_layernorm)
+    hidden_states = hidden_states + attended
+    wanted = getattr(named["attention_mask"], "wanted", None)
+    if wanted is not None and wanted.block is module:
+        hidden_states = wanted.of(hidden_states)
+    result: Tensor = module.mlp(hidden_states, module.post_attention_layernorm)
     return result
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sartor.kernels.attend import LONGEST
 from sartor.kernels.native import products_library
@@ -45,6 +45,19 @@ class Group:
     """Where padding is, segments x L; None where there is none."""
 
 
+class Wanted:
+    """Positions whose hidden states are wanted after `block`, the last of a model: their numbers among those of all rows."""
+
+    def __init__(self, block: nn.Module, places_N: Tensor) -> None:
+        self.block, self.places_N = block, places_N
+        self.taken = False
+        """Whether the block gave these positions alone, 1 x N."""
+
+    def of(self, hidden_RTH: Tensor) -> Tensor:
+        self.taken = True
+        return hidden_RTH.flatten(0, 1)[self.places_N][None]
+
+
 class Segments:
     """Where the segments of a batch are. Opaque to models: it goes through them in the place of an attention mask."""
 
@@ -61,6 +74,8 @@ class Segments:
         self.rows, self.width, self.window = len(lengths), width, 0
         self.uses: list[str] = []
         """Classes of the modules that attended with these segments, one entry a time."""
+        self.wanted: Wanted | None = None
+        """What the block at the end may leave out; nothing where all positions are wanted."""
         self.padding: list[tuple[int, int]] = []
         """First position and number of what is left of a row, where something is."""
         where: list[_Entry] = []

@@ -6,7 +6,11 @@ that touch the logits. `hidden_states` runs a forward pass up to the head.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +61,40 @@ def find_head(model: nn.Module) -> Head:
     except Exception as error:  # whatever a foreign model's code raises without its layers
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Unreadable(f"its code cannot be run from the last layer on ({why})") from error
+
+
+def last_block(model: nn.Module) -> nn.Module | None:
+    """The last block of a model in which nothing comes between it and the head but a norm, as of the blocks, of each position by
+    itself. None where that is not known."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    stack = dissect(base).main_stack
+    owner, _, name = ("", "", "") if stack is None else stack.path.rpartition(".")
+    decoder: Any = base.get_submodule(owner)
+    blocks = list(getattr(decoder, name, ()))
+    norm, known = getattr(decoder, "norm", None), getattr(blocks[-1] if blocks else None, "post_attention_layernorm", None)
+    if norm is None or type(norm) is not type(known) or not _ends_with_norm(type(decoder).forward, name):
+        return None
+    last: nn.Module = blocks[-1]
+    return last
+
+
+@functools.cache
+def _ends_with_norm(forward: Any, blocks: str) -> bool:
+    """Whether the code ends with a loop over its blocks, `hidden = self.norm(hidden)`, and an answer with that at one place."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef) or len(function.body) < 3:
+        return False
+    loop, norm, answer = function.body[-3:]
+    if not (isinstance(loop, ast.For) and f"self.{blocks}" in ast.unparse(loop.iter) and isinstance(answer, ast.Return)):
+        return False
+    returned = [node for node in ast.walk(answer) if isinstance(node, ast.Name) and node.id == "hidden_states"]
+    called = isinstance(answer.value, ast.Call) and any(
+        keyword.arg == "last_hidden_state" and ast.unparse(keyword.value) == "hidden_states" for keyword in answer.value.keywords
+    )
+    return ast.unparse(norm) == "hidden_states = self.norm(hidden_states)" and called and len(returned) == 1
 
 
 class _Answer(tuple[Tensor]):

@@ -1,7 +1,8 @@
 """The loss of a micro-batch: cross entropy summed over its trained tokens, in float32.
 
 On a CPU head and cross entropy are computed together, for the trained positions only (`sartor.kernels.loss`), where the model's
-head can be computed apart from it. Elsewhere the model makes logits of all columns in which some row has a target.
+head can be computed apart from it; so is the MLP of the last block, where its code is known. Elsewhere the model makes logits
+of all columns in which some row has a target.
 
 Shapes: R rows, T positions, K positions that are kept for the head, N trained positions, H hidden width, V vocabulary.
 """
@@ -21,8 +22,11 @@ from sartor.data.pack import IGNORE, Batch
 from sartor.kernels.attention import attends_by_segments, segments_are
 from sartor.kernels.loss import linear_cross_entropy
 from sartor.kernels.prepack import prepacked
-from sartor.kernels.segments import Segments
-from sartor.step.head import Head, Unreadable, find_head, hidden_states
+from sartor.kernels.segments import Segments, Wanted
+from sartor.step.head import Head, Unreadable, find_head, hidden_states, last_block
+
+FEWEST, MOST = 16, 0.9
+"""How many positions of a micro-batch have to be trained, and which share may be, for others to be left out of the last block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,33 +87,43 @@ class SumLoss:
         self._offset = 0
         if config is not None and config.is_prompt_learning and "PREFIX" not in str(config.peft_type):
             self._offset = int(config.num_virtual_tokens)
+        plain = config is None or not config.is_prompt_learning
+        self._last = last_block(model) if plain and self._by_segments and self._head is not None else None
 
     def __call__(self, model: nn.Module, batch: TensorBatch, *, factor: float = 1.0) -> Tensor:
         if not (self._by_segments and batch.segments):
             return self._sum(model, batch, factor)
         ids_RT = batch.input_ids_RT
-        with segments_are(Segments(batch.segments, ids_RT.shape[1], continues=batch.continues, device=ids_RT.device)):
-            return self._sum(model, batch, factor)
+        segments = Segments(batch.segments, ids_RT.shape[1], continues=batch.continues, device=ids_RT.device)
+        if self._last is not None and FEWEST <= len(batch.rows_N) <= MOST * ids_RT.numel():
+            segments.wanted = Wanted(self._last, self._places(batch, ids_RT.shape[1]))
+        with segments_are(segments):
+            return self._sum(model, batch, factor, segments.wanted)
 
-    def _sum(self, model: nn.Module, batch: TensorBatch, factor: float) -> Tensor:
+    def _places(self, batch: TensorBatch, width: int) -> Tensor:
+        """Of the trained positions, among those of all rows."""
+        return torch.as_tensor(batch.rows_N * width + batch.columns_N + self._offset, device=batch.input_ids_RT.device)
+
+    def _sum(self, model: nn.Module, batch: TensorBatch, factor: float, wanted: Wanted | None = None) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT}
         if batch.position_ids_RT is not None:
             inputs["position_ids"] = batch.position_ids_RT
         if self._takes_cache_flag:
             inputs["use_cache"] = False
         if self._head is not None:
-            return self._together(self._head, model, inputs, batch, factor)
+            hidden_RTH = hidden_states(model, self._head.module, inputs)
+            hidden_NH = hidden_RTH.flatten(0, 1)
+            if wanted is None or not wanted.taken:
+                hidden_NH = hidden_NH[self._places(batch, hidden_RTH.shape[1])]
+            return self._together(self._head, hidden_NH, batch, factor)
         if self._kind == "hf":
             loss = _transformers_loss(model, inputs, batch)
         else:
             loss = self._of_logits(model, inputs, batch)
         return loss if factor == 1 else loss * factor
 
-    def _together(self, head: Head, model: nn.Module, inputs: dict[str, Any], batch: TensorBatch, factor: float) -> Tensor:
+    def _together(self, head: Head, hidden_NH: Tensor, batch: TensorBatch, factor: float) -> Tensor:
         """Head and loss of the trained positions."""
-        hidden_RTH = hidden_states(model, head.module, inputs)
-        places_N = batch.rows_N * hidden_RTH.shape[1] + batch.columns_N + self._offset
-        hidden_NH = hidden_RTH.flatten(0, 1)[torch.as_tensor(places_N, device=hidden_RTH.device)]
         targets_N = batch.targets_RT.flatten()[torch.as_tensor(batch.rows_N * batch.targets_RT.shape[1] + batch.columns_N)]
         weight, bias, laid = head.module.weight, head.module.bias, prepacked(head.module)
         return linear_cross_entropy(hidden_NH, weight, targets_N, bias_V=bias, finish=head.finish, factor=factor, laid=laid)
