@@ -49,6 +49,10 @@ def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, boo
     product = a.double() @ b.double()
     assert near(multiply(a, b, c), product)
     more, bias = (torch.randn(m, 15), laid(15, n, turned[1])), torch.randn(n)
+    multiply(a, b, c, bias_N=bias, scale=0.5)
+    assert near(c, product * 0.5 + bias.double())
+    multiply(a, b, c, bias_N=bias, scale=0.5, adds=True)
+    assert near(c, product + 2 * bias.double())
     exact = (product + more[0].double() @ more[1].double()) * 0.5 + bias.double()
     multiply(a, b, c, more=more, bias_N=bias, scale=0.5)
     assert near(c, exact)
@@ -56,15 +60,16 @@ def test_it_is_the_product(m: int, n: int, k: int, turned: tuple[bool, bool, boo
     assert near(c, 2 * exact)
 
 
-def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone() -> None:
+@pytest.mark.parametrize("rows", [130, 20])
+def test_the_number_of_threads_changes_nothing_and_neighbours_are_left_alone(rows: int) -> None:
     torch.manual_seed(0)
-    a, b, threads = torch.randn(130, 970), torch.randn(970, 90), torch.get_num_threads()
+    a, b, threads = laid(rows, 970, rows < 64), torch.randn(970, 90), torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        room = torch.zeros(132, 96)
-        multiply(a, b, room[1:131, :90])
-        assert not any(part.any() for part in (room[0], room[131], room[:, 90:]))
+        room = torch.zeros(rows + 2, 96)
+        multiply(a, b, room[1:-1, :90])
+        assert not any(part.any() for part in (room[0], room[-1], room[:, 90:]))
         found.append(room)
     torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])

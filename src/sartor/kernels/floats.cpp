@@ -18,6 +18,8 @@ constexpr int64_t STRIP = 2 * LANES;  // columns of a tile
 constexpr int64_t GROUP = 6;          // rows of it: with a strip's two vectors and a factor they fill the registers
 constexpr int64_t FEW = 3 * STRIP;    // columns for which rows are not laid out
 constexpr int64_t LEAST_ROWS = 16;    // for which a weight is laid out (matmul.py)
+constexpr int64_t AHEAD = 16;         // rows that are asked for before they are laid out as columns
+constexpr int64_t AT_A_TIME = 16;     // rows of b, of which few rows of the result are sums
 
 // What is summed up at a time: `depth` columns of a and as many rows of b, then, of an adapter, `more` of a' and of b'.
 struct block {
@@ -144,7 +146,10 @@ inline void lay_out_strip(const float *from, int64_t row, bool in_columns, int64
 
 // `count` rows in groups of which each takes `size`; zeros after the last of them. `in_columns`: rows lie in memory as columns.
 inline void lay_out_groups(const float *from, int64_t row, bool in_columns, int64_t depth, int64_t count, float *to, int64_t size) {
-    for (int64_t k = 0; k < depth; k++)
+    for (int64_t k = 0; k < depth; k++) {
+        if (in_columns && k + AHEAD < depth)
+            for (int64_t i = 0; i < count; i += STRIP)
+                _mm_prefetch(reinterpret_cast<const char *>(from + (k + AHEAD) * row + i), _MM_HINT_T0);
         for (int64_t i = 0; i < count; i += GROUP) {
             float *at = to + i / GROUP * size + k * GROUP;
             if (in_columns && count - i >= GROUP) {
@@ -154,6 +159,7 @@ inline void lay_out_groups(const float *from, int64_t row, bool in_columns, int6
             for (int64_t n = 0; n < GROUP; n++)
                 at[n] = i + n >= count ? 0.0f : in_columns ? from[k * row + i + n] : from[(i + n) * row + k];
         }
+    }
 }
 
 // Rows `row` to `end` of a, where a thread's second cache has them; as they lie where few columns meet them.
@@ -251,6 +257,66 @@ void few_rows(const floats &of) {
         }
 }
 
+// to[i, j] += a[k, i] b[k, j] for COUNT rows of the result and a strip of its columns; numbers of a that belong together lie together.
+template <int COUNT>
+inline void sum_rows(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *to, int64_t to_row) {
+    lanes sums[COUNT][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; i++) sums[i][0] = sums[i][1] = lanes{};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; k++, a += a_row, b += b_row) {
+        const lanes first = *(const lanes *)b, second = *(const lanes *)(b + LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++) {
+            sums[i][0] += a[i] * first;
+            sums[i][1] += a[i] * second;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; i++) {
+        *(lanes *)(to + i * to_row) += sums[i][0];
+        *(lanes *)(to + i * to_row + LANES) += sums[i][1];
+    }
+}
+
+// The part of rows `first` to `first + depth` of b in `count` columns of the result. The next rows are asked for meanwhile: they lie too
+// far apart for the processor to do it.
+void sum_part(const floats &of, int64_t first, int64_t depth, int64_t column, int64_t count, float *sums) {
+    const float *a = of.a + first * of.a_row;
+    const int64_t next = of.k - first < 2 * depth ? of.k - first : 2 * depth;
+    int64_t n = 0;
+    for (; n + STRIP <= count; n += STRIP) {
+        const float *b = of.b + first * of.b_row + column + n;
+        for (int64_t k = depth; k < next; k++) _mm_prefetch(reinterpret_cast<const char *>(b + k * of.b_row), _MM_HINT_T1);
+        int64_t i = 0;
+        for (; of.m - i >= GROUP; i += GROUP) sum_rows<GROUP>(a + i, of.a_row, b, of.b_row, depth, sums + i * of.strip + n, of.strip);
+        if (of.m - i >= 4) sum_rows<4>(a + i, of.a_row, b, of.b_row, depth, sums + i * of.strip + n, of.strip), i += 4;
+        if (of.m - i >= 2) sum_rows<2>(a + i, of.a_row, b, of.b_row, depth, sums + i * of.strip + n, of.strip), i += 2;
+        if (of.m - i >= 1) sum_rows<1>(a + i, of.a_row, b, of.b_row, depth, sums + i * of.strip + n, of.strip);
+    }
+    for (; n < count; n++)
+        for (int64_t k = 0; k < depth; k++)
+            for (int64_t i = 0; i < of.m; i++) sums[i * of.strip + n] += a[k * of.a_row + i] * of.b[(first + k) * of.b_row + column + n];
+}
+
+// Few rows that are sums over many rows of b, as gradients of adapters are: b is read once, along its rows, and not laid out.
+void few_sums(const floats &of, char *room) {
+#pragma omp parallel for schedule(dynamic) num_threads(int(of.threads))
+    for (int64_t column = 0; column < of.n; column += of.strip) {
+        float *sums = reinterpret_cast<float *>(room + thread_number() * of.thread_bytes);
+        const int64_t count = of.n - column < of.strip ? of.n - column : of.strip;
+        std::memset(sums, 0, of.m * of.strip * sizeof(float));
+        for (int64_t k = 0; k < of.k; k += AT_A_TIME)
+            sum_part(of, k, of.k - k < AT_A_TIME ? of.k - k : AT_A_TIME, column, count, sums);
+        for (int64_t i = 0; i < of.m; i++)
+            for (int64_t n = 0; n < count; n++) {
+                float *at = of.c_turned ? of.c + (column + n) * of.c_row + i : of.c + i * of.c_row + column + n;
+                const float sum = sums[i * of.strip + n] * of.scale + (of.bias == nullptr ? 0.0f : of.bias[column + n]);
+                *at = of.adds ? *at + sum : sum;
+            }
+    }
+}
+
 }  // namespace
 
 #endif
@@ -267,11 +333,12 @@ int floats_worth() {
 #endif
 }
 
-// `room` is threads * thread_bytes, for rows of a, then what of.panel columns of b take.
+// `room` is threads * thread_bytes, for rows of a, then what of.panel columns of b take; for `few_sums` sums of of.strip columns.
 void matmul_floats(const problem_of<float> *given, char *room) {
 #if defined(SARTOR_FLOATS)
     const floats &of = *given;
     if (of.m < LEAST_ROWS && of.b_turned && !of.a_turned) return few_rows(of);
+    if (of.depth == 0) return few_sums(of, room);
     float *strips = reinterpret_cast<float *>(room + of.threads * of.thread_bytes);
 #pragma omp parallel num_threads(int(of.threads))
     for (int64_t first = 0; first < of.n; first += of.panel) {

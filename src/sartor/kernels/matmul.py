@@ -33,6 +33,8 @@ _FLOATS_GROUP, _FLOATS_STRIP, _FLOATS_DEPTH, _FLOATS_ROWS, _FLOATS_BYTES = 6, 16
 columns that are laid out together."""
 _FLOATS_LEAST_ROWS = 16
 """For which a weight is laid out; fewer meet it as it lies."""
+_FLOATS_FEW, _FLOATS_SUMS = 64, 512
+"""Rows up to which sums over rows of b take these as they lie, and columns that a thread sums up at a time."""
 _PIECES = 4
 """Of work for each thread, at least: what one leaves, another takes. Two are enough if panels are twice as wide for that."""
 
@@ -174,6 +176,8 @@ class _Blocks:
     @staticmethod
     def of(m: int, n: int, k: int, more_k: int, a_MK: Tensor, b_KN: Tensor) -> _Blocks:
         if a_MK.dtype == torch.float32:
+            if m <= _FLOATS_FEW and not more_k and _is_turned(a_MK) and not _is_turned(b_KN):
+                return _Blocks._of_few_sums(m, n, torch.get_num_threads())
             as_it_lies = m < _FLOATS_LEAST_ROWS and _is_turned(b_KN) and not _is_turned(a_MK)
             return _Blocks._of_floats(m, n, k, more_k, as_it_lies, torch.get_num_threads())
         return _Blocks._of(m, n, k, more_k, _is_turned(a_MK), torch.get_num_threads(), has_tiles())
@@ -195,6 +199,15 @@ class _Blocks:
             strip=_up(-(-panel // parts), _FLOATS_STRIP),
             thread_bytes=0 if as_it_lies else 4 * task_rows * deepest,
             packed_bytes=0 if as_it_lies else 4 * panel * deepest,
+        )
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def _of_few_sums(m: int, n: int, threads: int) -> _Blocks:
+        """Of few rows that are sums over rows of b, which is not laid out."""
+        strip = min(_up(-(-n // (2 * threads)), _FLOATS_STRIP), _FLOATS_SUMS)
+        return _Blocks(
+            threads=threads, panel=0, depth=0, task_rows=0, packed_rows=0, strip=strip, thread_bytes=4 * m * strip, packed_bytes=0
         )
 
     @staticmethod
