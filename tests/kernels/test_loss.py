@@ -148,3 +148,11 @@ def test_gradients_are_handed_out_once(way: str) -> None:
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         value.backward()
+
+
+def test_what_comes_after_the_loss_counts(way: str) -> None:
+    found, wanted = inputs(torch.float32, bias=True), inputs(torch.float32, bias=True)
+    together(found, Finish()).backward()
+    (together(wanted, Finish()) * 3).backward()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.grad * 3, wanted[name].grad)  # type: ignore[operator]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sartor.kernels.matmul import product
 from sartor.kernels.native import Operator, library
@@ -105,7 +106,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy hands its gradients out once: there is no second backward pass through it")
-        return (*(None if gradient is None else gradient.mul_(given[0]) for gradient in gradients), *[None] * 6)
+        if not _is_one(given[0]):
+            gradients = [None if gradient is None else gradient.mul_(given[0]) for gradient in gradients]
+        return (*gradients, *[None] * 6)
+
+
+def _is_one(gradient: Tensor) -> bool:
+    """Whether a loss's own gradient is 1, as where a backward pass begins with it; without values it is taken to be."""
+    return isinstance(gradient, FakeTensor) or gradient.is_meta or float(gradient) == 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
