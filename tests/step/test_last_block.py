@@ -142,7 +142,7 @@ def test_few_positions_or_nearly_all(share: float) -> None:
     assert len(set(seen)) == 1
 
 
-def test_a_model_that_does_more_after_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_more_after_its_blocks() -> None:
     class Mixing(LlamaModel):
         def forward(self, *args: Any, **named: Any) -> Any:
             answer = super().forward(*args, **named)
@@ -154,7 +154,7 @@ def test_a_model_that_does_more_after_its_blocks(monkeypatch: pytest.MonkeyPatch
     assert last_block(model) is None
 
 
-def test_a_module_that_somebody_listens_to_is_given_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_somebody_listens_to_is_given_all() -> None:
     model, data = model_of("llama"), samples()
     given: list[int] = []
     model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __: given.append(inputs[0].shape[:-1].numel()))

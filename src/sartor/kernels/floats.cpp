@@ -59,13 +59,13 @@ inline void finish(const floats &of, const lanes (&sums)[COUNT][2], int64_t row,
         }
 }
 
-// COUNT rows of a and a strip of the panel. `along`: from one column of a to the next.
+// COUNT rows of a and a strip of b. `along`: from one column of a to the next.
 template <int COUNT>
-inline void sum_up(const float *a, int64_t down, int64_t along, const float *strip, int64_t depth, lanes (&sums)[COUNT][2]) {
+inline void sum_up(const float *a, int64_t down, int64_t along, const float *strip, int64_t row, int64_t depth, lanes (&sums)[COUNT][2]) {
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; i++) sums[i][0] = sums[i][1] = lanes{};
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; k++, a += along, strip += STRIP) {
+    for (int64_t k = 0; k < depth; k++, a += along, strip += row) {
         const lanes first = *(const lanes *)strip, second = *(const lanes *)(strip + LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; i++) {
@@ -90,8 +90,8 @@ inline void tile(const floats &of, const block &at, const rows_at &rows, const f
         for (int i = 0; i < COUNT; i++)
             _mm_prefetch(reinterpret_cast<const char *>(of.c + (row + i) * of.c_row + column), _MM_HINT_T0);
     lanes sums[COUNT][2];
-    if (rows.groups) sum_up<COUNT>(a, 1, GROUP, strip, at.whole(), sums);
-    else sum_up<COUNT>(a, rows.step, 1, strip, at.whole(), sums);
+    if (rows.groups) sum_up<COUNT>(a, 1, GROUP, strip, STRIP, at.whole(), sums);
+    else sum_up<COUNT>(a, rows.step, 1, strip, STRIP, at.whole(), sums);
     finish<COUNT>(of, sums, row, column, there, at.begins);
 }
 
@@ -261,17 +261,7 @@ void few_rows(const floats &of) {
 template <int COUNT>
 inline void sum_rows(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *to, int64_t to_row) {
     lanes sums[COUNT][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT; i++) sums[i][0] = sums[i][1] = lanes{};
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; k++, a += a_row, b += b_row) {
-        const lanes first = *(const lanes *)b, second = *(const lanes *)(b + LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < COUNT; i++) {
-            sums[i][0] += a[i] * first;
-            sums[i][1] += a[i] * second;
-        }
-    }
+    sum_up<COUNT>(a, 1, a_row, b, b_row, depth, sums);
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; i++) {
         *(lanes *)(to + i * to_row) += sums[i][0];
