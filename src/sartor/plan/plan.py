@@ -62,7 +62,8 @@ class Plan:
         return {"schema_version": SCHEMA_VERSION, "verdict": forecast["verdict"], **tree, **changed}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, seven times as fast, where there is one
+        return str(yaml.dump(self.to_mapping(), Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:

@@ -65,6 +65,9 @@ class GenerationTracker(StorageTracker):
             return not self.padded if answer is None else answer
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, key: Any) -> None:
+        """What is computed is not asked for: a forecast of generation is of memory alone."""
+
     def _enter(self, tag: int) -> None:
         super()._enter(tag)
         if tag != OUTSIDE:

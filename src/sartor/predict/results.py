@@ -29,8 +29,8 @@ _MASKS = frozenset({torch.bool, torch.int8, torch.uint8})
 _CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 """Results follow from values, or an operand looks different afterwards."""
 _INDEX = torch.ops.aten.index.Tensor
-_SPACES = ("aten", "prims", "fsdp")
-"""PyTorch's own operators, but for collectives, which give more than tensors."""
+_SPACES = ("aten", "prims", "fsdp", "sartor")
+"""PyTorch's own operators, but for collectives, which give more than tensors, and ours."""
 
 
 class _NotAlike(Exception):
@@ -227,7 +227,7 @@ def _bytes_of(tensor: Tensor) -> int:
 
 @functools.cache
 def _is_constant(func: Any) -> bool:
-    """Whether one of PyTorch's own operators gives the same kind of result for the same kind of operands."""
+    """Whether an operator of PyTorch or of ours gives the same kind of result for the same kind of operands."""
     if func is _INDEX:
         return True
     space, _, name = func._schema.name.partition("::")

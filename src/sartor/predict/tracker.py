@@ -108,7 +108,7 @@ class StorageTracker(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], key: Any) -> Any:
         """The operator's results; `key` as in `Results`."""
         if func is _ADD and adds_up_in_place(args[0], args[1]):
-            return args[0].add_(args[1])
+            return args[0] if _is_fake(args[0]) else args[0].add_(args[1])
         wide = func is _GROUPED_MM and _is_fake(args[0]) and args[0].dtype != torch.bfloat16
         run = _grouped_mm if wide else func
         return run(*args, **kwargs) if key is None or self._results is None else self._results.of(key, run, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ class Bar:
 
 def render(template: str, **values: Any) -> str:
     """A page of `templates/`, with everything escaped and control characters shown as symbols where it asks for that."""
+    return _environment().get_template(template).render(**values).encode("utf-8", "replace").decode("utf-8")
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """One for all pages: it keeps what it compiled."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -60,7 +67,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = facts.visible
-    return environment.get_template(template).render(**values).encode("utf-8", "replace").decode("utf-8")
+    return environment
 
 
 def write_page(path: Path, page: str) -> None:
