@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ with contextlib.suppress(ImportError):  # not on every machine with an accelerat
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 KERNELS = REPOSITORY / "build/tests/kernels"
+gc.set_threshold(10_000, 20, 20)  # a tenth of the time of a test that traces, as usual: libraries make many objects that stay
 
 
 def pytest_configure() -> None:

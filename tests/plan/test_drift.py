@@ -14,35 +14,39 @@ import torch
 import sartor
 import sartor.api
 from sartor.model import resolve
-from sartor.plan import batch_order
+from sartor.plan import Plan, batch_order
 from sartor.plan.drift import with_drift
 from sartor.plan.setting import Setting
 from sartor.predict.allocator_setting import set_expandable_segments
 from support import write_jsonl
 
 
-@pytest.fixture
-def ragged(job_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def ragged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A model that fills segments, and texts of very different lengths, one a row."""
-    config = json.loads((Path(job_tree["model"]) / "config.json").read_text(encoding="utf-8"))
+    tmp_path = tmp_path_factory.mktemp("ragged")
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
     path = tmp_path / "wide.json"
     path.write_text(json.dumps({**config, **sizes, "head_dim": 128, "max_position_embeddings": 2048}), encoding="utf-8")
     chance = random.Random(0)
     texts = [{"text": "several words and " * chance.randint(2, 110)} for _ in range(96)]
     return {
-        **job_tree,
-        "model": {"path": str(path), "tokenizer": job_tree["model"]},
+        "model": {"path": str(path), "tokenizer": str(tiny)},
         "data": {"path": str(write_jsonl(tmp_path / "ragged.jsonl", texts)), "packing": False, "max_length": 1024},
         "method": "lora",
         "machine": "L40S-48GB",
-        "training": {**job_tree["training"], "global_batch": 4},
+        "training": {"epochs": 2, "global_batch": 4, "learning_rate": 1e-3},
         "strategy": {"micro_batch": 4, "recompute": "none", "expandable_segments": False},
     }
 
 
-def test_segments_of_fixed_size_drift(ragged: dict[str, Any]) -> None:
-    plan = sartor.plan(ragged)
+@pytest.fixture(scope="module")
+def plan(ragged: dict[str, Any]) -> Plan:
+    return sartor.plan(ragged)
+
+
+def test_segments_of_fixed_size_drift(plan: Plan) -> None:
     forecast = plan.forecast
     assert not plan.strategy.expandable_segments
     assert "segments of fixed size" in plan.strategy.describe()
@@ -54,8 +58,7 @@ def test_segments_of_fixed_size_drift(ragged: dict[str, Any]) -> None:
     assert plan.to_mapping()["forecast"]["device"][0]["drift_reserved_bytes"] == forecast.drift_reserved_bytes
 
 
-def test_a_card_that_drift_fills_does_not_simply_fit(ragged: dict[str, Any]) -> None:
-    plan = sartor.plan(ragged)
+def test_a_card_that_drift_fills_does_not_simply_fit(ragged: dict[str, Any], plan: Plan) -> None:
     forecast = plan.forecast
     assert forecast.reserved_bytes is not None
     assert forecast.drift_reserved_bytes is not None
@@ -97,8 +100,7 @@ def test_segments_that_expand_do_not_drift(ragged: dict[str, Any]) -> None:
 
 
 def test_examples_of_one_length_do_not_drift(ragged: dict[str, Any]) -> None:
-    ragged["data"] = {"synthetic": {"length": 512, "examples": 32}, "packing": False}
-    plan = sartor.plan(ragged)
+    plan = sartor.plan({**ragged, "data": {"synthetic": {"length": 512, "examples": 32}, "packing": False}})
     assert plan.forecast.drift_reserved_bytes is None
 
 

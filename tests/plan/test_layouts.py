@@ -18,7 +18,7 @@ from sartor.plan.layouts import possible_layouts
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
     LlamaConfig(
-        vocab_size=8192, hidden_size=2048, intermediate_size=5504, num_hidden_layers=16, num_attention_heads=16,
+        vocab_size=8192, hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16,
     ).save_pretrained(tmp_path)  # fmt: skip
     return {
         "model": str(tmp_path / "config.json"),

@@ -41,10 +41,10 @@ def test_plans_need_no_weights(job_tree: dict[str, Any], tiny: Path, tmp_path: P
 def test_smaller_micro_batches_then_recomputation_where_memory_is_short(job_tree: dict[str, Any]) -> None:
     """On a card of the catalogue: what a CPU's heap holds free already depends on what this process did before."""
     job_tree["model"] += "/config.json"
-    job_tree |= {"data": {"synthetic": {"length": 100, "examples": 64}, "packing": False}, "machine": "L40S-48GB"}
-    job_tree["training"]["global_batch"] = 64
+    job_tree |= {"data": {"synthetic": {"length": 100, "examples": 16}, "packing": False}, "machine": "L40S-48GB"}
+    job_tree["training"]["global_batch"] = 16
     roomy = sartor.plan(job_tree)
-    assert (roomy.strategy.micro_batch, roomy.strategy.recompute) == (64, False)
+    assert (roomy.strategy.micro_batch, roomy.strategy.recompute) == (16, False)
     peak, reserved = roomy.forecast.peak, roomy.forecast.reserved_bytes
     assert peak is not None
     assert reserved is not None
@@ -52,7 +52,7 @@ def test_smaller_micro_batches_then_recomputation_where_memory_is_short(job_tree
     limit = roomy.forecast.baseline_bytes + reserved // 2
     device = dataclasses.replace(machine.device, total_bytes=limit, available_bytes=limit)
     short = make(roomy.job, dataclasses.replace(machine, device=device))
-    assert short.strategy.micro_batch < 64
+    assert short.strategy.micro_batch < 16
     assert short.forecast.peak is not None
     assert short.forecast.peak.total_bytes < peak.total_bytes
     assert short.rejected
@@ -61,15 +61,16 @@ def test_smaller_micro_batches_then_recomputation_where_memory_is_short(job_tree
 
 def test_what_cannot_fit_is_refused_with_what_would_help(job_tree: dict[str, Any]) -> None:
     """Full float32 fine-tuning of a wide model; half the precision, or LoRA, would fit: forecast, not guessed."""
-    config = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     path = Path(job_tree["model"]) / "config.json"
     wide = Path(job_tree["output"]).parent / "wide.json"
     wide.write_text(json.dumps({**json.loads(path.read_text()), **config, "head_dim": 64}), encoding="utf-8")
-    job_tree |= {"model": str(wide), "data": {"synthetic": {"length": 16, "examples": 16}}, "precision": "float32"}
+    job_tree |= {"model": str(wide), "data": {"synthetic": {"length": 16, "examples": 4}}, "precision": "float32"}
+    job_tree["training"]["global_batch"] = 2
     roomy = sartor.plan({**job_tree, "machine": "L40S-48GB", "strategy": {"micro_batch": 1, "recompute": "full"}})
     limit = roomy.forecast.process_bytes
     assert limit is not None
-    machine = {"name": "L40S-48GB", "device_memory": limit - 120 * 2**20}
+    machine = {"name": "L40S-48GB", "device_memory": limit - 60 * 2**20}
     with pytest.raises(DoesNotFit, match="does not fit") as refused:
         sartor.plan({**job_tree, "machine": machine, "strategy": {"placement": "device"}})
     said = str(refused.value)
@@ -88,9 +89,9 @@ def in_mib(text: str) -> float:
 
 def test_what_is_tight_says_what_leaves_more_room(job_tree: dict[str, Any]) -> None:
     job_tree["model"] += "/config.json"
-    job_tree |= {"data": {"synthetic": {"length": 128, "examples": 64}, "packing": False}, "machine": "L40S-48GB"}
-    job_tree |= {"precision": "float32", "strategy": {"micro_batch": 64, "recompute": "none"}}
-    job_tree["training"]["global_batch"] = 64
+    job_tree |= {"data": {"synthetic": {"length": 128, "examples": 16}, "packing": False}, "machine": "L40S-48GB"}
+    job_tree |= {"precision": "float32", "strategy": {"micro_batch": 16, "recompute": "none"}}
+    job_tree["training"]["global_batch"] = 16
     roomy = sartor.plan(job_tree)
     assert roomy.forecast.process_bytes is not None
     assert not any("more room" in note for note in roomy.notes)
@@ -104,6 +105,7 @@ def test_what_is_tight_says_what_leaves_more_room(job_tree: dict[str, Any]) -> N
 
 def test_where_only_more_memory_helps_it_says_how_much(job_tree: dict[str, Any]) -> None:
     job_tree["machine"]["host_memory"] = "60MiB"
+    job_tree["training"]["global_batch"] = 2
     with pytest.raises(DoesNotFit) as refused:
         sartor.plan(job_tree)
     assert re.fullmatch(r"machine\.host_memory=\d+MiB, where this machine has that much", refused.value.remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,22 @@ def job_of(folder: Path, *, width: int, layers: int, heads: int, vocabulary: int
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
-    return job_of(tmp_path, width=1024, layers=12, heads=16, vocabulary=8192, length=1024, batch=16)
+    return job_of(tmp_path, width=1024, layers=4, heads=16, vocabulary=8192, length=1024, batch=16)
 
 
 def planned(job: dict[str, Any], room: int, **strategy: Any) -> Plan | None:
-    machine = {"name": job["machine"], "device_memory": room}
-    try:
-        return sartor.plan({**job, "machine": machine, "strategy": {"placement": "device", **strategy}})
-    except DoesNotFit:
-        return None
+    """Without forecasts of what would help where memory is short: they take longer than the search and have their own tests."""
+    machine, making = {"name": job["machine"], "device_memory": room}, sys.modules["sartor.plan.make"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "does_not_fit", lambda *_: DoesNotFit("memory is short"))
+        patch.setattr(making, "more_room", lambda *_: "")
+        try:
+            return sartor.plan({**job, "machine": machine, "strategy": {"placement": "device", **strategy}})
+        except DoesNotFit:
+            return None
 
 
-@pytest.mark.parametrize("room_gib", [10, 6])
+@pytest.mark.parametrize("room_gib", [4.6, 2.6])
 def test_the_choice_is_that_of_trying_everything(job: dict[str, Any], room_gib: float) -> None:
     room = int(room_gib * GIB)
     everything = [
@@ -68,8 +73,8 @@ def test_the_choice_is_that_of_trying_everything(job: dict[str, Any], room_gib: 
 
 @pytest.fixture
 def narrow(tmp_path: Path) -> dict[str, Any]:
-    """Eight blocks, and activations that outweigh all else."""
-    return job_of(tmp_path, width=256, layers=8, heads=4, vocabulary=512, length=512, batch=8)
+    """Six blocks, and activations that outweigh all else."""
+    return job_of(tmp_path, width=256, layers=6, heads=4, vocabulary=512, length=512, batch=8)
 
 
 def test_no_more_blocks_recompute_than_have_to(narrow: dict[str, Any]) -> None:
@@ -82,7 +87,7 @@ def test_no_more_blocks_recompute_than_have_to(narrow: dict[str, Any]) -> None:
     assert chosen is not None
     count = chosen.strategy.recomputed
     assert count is not None
-    assert 1 < count < 8
+    assert 1 < count < 6
     fewer, same = (planned(narrow, room, recompute=number, **pinned) for number in (count - 1, count))
     assert fewer is None or fewer.forecast.verdict == "tight"
     assert same is not None
@@ -93,7 +98,7 @@ def test_no_more_blocks_recompute_than_have_to(narrow: dict[str, Any]) -> None:
 
 
 def test_what_was_passed_over_is_named_with_a_reason(job: dict[str, Any]) -> None:
-    plan = planned(job, 5 * GIB)
+    plan = planned(job, int(2.4 * GIB))
     assert plan is not None
     reasons = [other.reason for other in plan.rejected]
     assert any("does not fit" in reason for reason in reasons)

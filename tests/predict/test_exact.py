@@ -18,13 +18,16 @@ from sartor.step import Precision, make_step, make_trainable
 from .test_repeat import batches, short
 from .test_sharded import CPU
 
-CASES = [
+KINDS = "llama", "gpt2", "gemma3_text", "qwen3_moe"
+METHODS, MODES = ("full", "lora", "prefix"), ("float32", "bf16", "bf16-master")
+CASES = [  # everything for the first architecture; of the others each method in two precisions, so that every pair is there
     (kind, method, mode, recompute)
-    for kind in ("llama", "gpt2", "gemma3_text", "qwen3_moe")
-    for method in ("full", "lora", "prefix")
-    for mode in ("float32", "bf16", "bf16-master")
+    for at, kind in enumerate(KINDS)
+    for method in METHODS
+    for mode in MODES
     for recompute in (False, True)
     if not (recompute and (method == "prefix" or mode == "bf16-master"))
+    if not at or (at + METHODS.index(method) + MODES.index(mode)) % 3
 ]
 
 

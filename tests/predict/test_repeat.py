@@ -23,22 +23,22 @@ from sartor.step import Precision, make_step, make_trainable
 COMMON = {"vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128}
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "intermediate_size": 160, "num_hidden_layers": 11, "num_key_value_heads": 2},
-    "gpt2": {"vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 9, "n_positions": 128},
+    "gpt2": {"vocab_size": 320, "n_embd": 64, "n_head": 4, "n_layer": 7, "n_positions": 128},
     "gemma3_text": {  # every second layer attends to everything
         **COMMON, "intermediate_size": 160, "num_hidden_layers": 13, "num_key_value_heads": 2, "head_dim": 16,
         "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 6 + ["sliding_attention"],
     },
     "qwen3_moe": {
-        **COMMON, "intermediate_size": 160, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 16,
+        **COMMON, "intermediate_size": 160, "num_hidden_layers": 7, "num_key_value_heads": 2, "head_dim": 16,
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     },
     "deepseek_v3": {  # three dense layers before those with experts
-        **COMMON, "intermediate_size": 160, "num_hidden_layers": 12, "num_key_value_heads": 4, "n_routed_experts": 8,
+        **COMMON, "intermediate_size": 160, "num_hidden_layers": 10, "num_key_value_heads": 4, "n_routed_experts": 8,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "q_lora_rank": 24,
         "kv_lora_rank": 16,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 3,
     },
-    "bloom": {"vocab_size": 320, "hidden_size": 64, "n_head": 4, "n_layer": 8},
+    "bloom": {"vocab_size": 320, "hidden_size": 64, "n_head": 4, "n_layer": 7},
 }  # fmt: skip
 
 

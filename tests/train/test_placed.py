@@ -7,14 +7,14 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import fresh
 import sartor
 from sartor.errors import DoesNotFit, StorageError
 from sartor.plan.table import Table
@@ -54,47 +54,45 @@ def test_a_job_on_disk_is_the_same_job(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16-master", "stochastic"])
-@pytest.mark.parametrize(("before", "after"), [("device", "disk"), ("disk", "device")])
-def test_a_run_goes_on_elsewhere(
-    job_tree: dict[str, Any], tmp_path: Path, before: str, after: str, precision: str | dict[str, str]
-) -> None:
-    job_tree["training"] |= {"save_every": 3}
+def test_a_run_goes_on_elsewhere(job_tree: dict[str, Any], tmp_path: Path, precision: str | dict[str, str]) -> None:
+    """Begun in memory, gone on with on disk from the second step's checkpoint, and in memory from what that run saved."""
+    job_tree["training"] |= {"save_every": 2}
     if precision == "stochastic":
         precision = {"mode": "bf16", "rounding": "stochastic"}
         job_tree["training"]["optimizer"] = "adamw-8bit"
-    job_tree |= {"precision": precision, "output": str(tmp_path / "run"), "strategy": {"micro_batch": 4, "placement": before}}
-    sartor.train(job_tree)
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoint-6").rglob("*.safetensors")}
-    shutil.rmtree(tmp_path / "run/checkpoint-6")
-    (tmp_path / "run/run.json").unlink()
-    job_tree["strategy"] = {"micro_batch": 4, "placement": after}
-    sartor.train(job_tree, resume="latest")
-    again = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoint-6").rglob("*.safetensors")}
-    assert again == whole
+    job_tree |= {"precision": precision, "output": str(tmp_path / "run")}
+
+    def trained(placement: str, *without: str) -> dict[str, dict[str, bytes]]:
+        """What the last checkpoints hold, of a run that goes on where these are gone."""
+        for name in without:
+            shutil.rmtree(tmp_path / "run" / name)
+            (tmp_path / "run/run.json").unlink(missing_ok=True)
+        tree = {**job_tree, "strategy": {"micro_batch": 4, "placement": placement}}
+        sartor.train(tree, resume="latest" if without else None)
+        folders = [tmp_path / "run" / name for name in ("checkpoint-4", "checkpoint-6")]
+        return {at.name: {path.name: path.read_bytes() for path in at.rglob("*.safetensors")} for at in folders}
+
+    whole = trained("device")
+    assert trained("disk", "checkpoint-4", "checkpoint-6") == whole
+    assert trained("device", "checkpoint-6") == whole
 
 
-_PLANNED = """
-import json, sys
-import sartor
-
-job = json.loads(sys.argv[1])
-room = sartor.plan(job).forecast.process_bytes - 2**27
-job["machine"]["host_memory"] = room
-plan = sartor.plan(job)
-rows = plan.strategy.placement.table.rows
-kept = any(row.stays or row.weights == "device" for row in rows)
-forecast = plan.forecast
-told = {"verdict": forecast.verdict, "process": forecast.process_bytes, "words": plan.strategy.describe()}
-disk = [plan.to_mapping()["strategy"]["placement"]["disk_bytes"], plan.strategy.placement.disk_bytes]
-print(json.dumps({**told, "room": room, "kept": kept, "disk": disk}))
-"""
-"""A process of its own: what another holds is part of its forecast."""
+def forecast_squeezed(job: dict[str, Any]) -> dict[str, Any]:
+    """Planned with 128 MiB less than it would take. In a process of its own: what another holds is part of its forecast."""
+    room = (sartor.plan(job).forecast.process_bytes or 0) - 2**27
+    job["machine"]["host_memory"] = room
+    plan = sartor.plan(job)
+    placement, forecast = plan.strategy.placement, plan.forecast
+    kept = any(row.stays or row.weights == "device" for row in placement.table.rows)
+    told = {"verdict": forecast.verdict, "process": forecast.process_bytes, "words": plan.strategy.describe()}
+    disk = [plan.to_mapping()["strategy"]["placement"]["disk_bytes"], placement.disk_bytes]
+    return {**told, "room": room, "kept": kept, "disk": disk}
 
 
 def widen(job_tree: dict[str, Any], tmp_path: Path, width: int) -> None:
     """A model of random weights so large that its states are what takes memory."""
     config = {**json.loads((Path(job_tree["model"]) / "config.json").read_text()), "hidden_size": width}
-    config |= {"intermediate_size": 4 * width, "num_hidden_layers": 8, "head_dim": width // 4}
+    config |= {"intermediate_size": 4 * width, "num_hidden_layers": 5, "head_dim": width // 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     job_tree["model"] = {"path": str(tmp_path / "config.json"), "tokenizer": job_tree["model"]}
     job_tree |= {"precision": "float32"}
@@ -104,9 +102,7 @@ def widen(job_tree: dict[str, Any], tmp_path: Path, width: int) -> None:
 def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_path: Path) -> None:
     """A machine with so little memory that the states alone are too much."""
     widen(job_tree, tmp_path, 512)
-    done = subprocess.run([sys.executable, "-c", _PLANNED, json.dumps(job_tree)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = fresh.call(forecast_squeezed, job_tree)
     assert told["verdict"] == "fits"
     assert told["process"] <= 0.9 * told["room"]
     assert told["kept"], "what fits stays"
@@ -114,22 +110,28 @@ def test_what_does_not_fit_in_memory_goes_to_disk(job_tree: dict[str, Any], tmp_
     assert told["disk"][0] == told["disk"][1] > 0
 
 
-_CAPPED = """
-import json, resource, sys
-import psutil, sartor
-
 class Cap(sartor.Observer):
-    # In the third step, the process may have so many bytes more than before, or less.
-    def stepped(self, record):
+    """In the third step, the process may have `ROOM` bytes more than before, or less."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def stepped(self, record: Any) -> None:
         used = psutil.Process().memory_info().data
-        room = used + int(sys.argv[2]) if record.step == 2 else resource.RLIM_INFINITY
+        room = used + ROOM if record.step == 2 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_DATA, (room, resource.RLIM_INFINITY))
 
-    def said(self, text):
-        print(text)
+    def said(self, text: str) -> None:
+        self.told.append(text)
 
-sartor.train(json.loads(sys.argv[1]), observers=[Cap()])
-"""
+
+def train_capped(job: dict[str, Any]) -> str:
+    """What the run says."""
+    cap = Cap()
+    sartor.train(job, observers=[cap])
+    return "\n".join(cap.told)
+
+
 ROOM = -20 * 2**20
 """Without what the run keeps in reserve (64 MiB): more than a block needs in its update, less than three."""
 
@@ -139,11 +141,9 @@ def test_a_placed_run_that_runs_out_of_memory_goes_on_with_less(job_tree: dict[s
     job_tree["training"]["max_steps"] = 4
     _, wanted = run(job_tree, tmp_path / "plain", **job_tree["strategy"])
     job_tree["strategy"]["placement"] = "disk"
-    command = [sys.executable, "-c", _CAPPED, json.dumps(job_tree), str(ROOM)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "memory ran out in step 3" in done.stdout
-    assert "Going on with" in done.stdout
+    said = fresh.call(train_capped, job_tree)
+    assert "memory ran out in step 3" in said
+    assert "Going on with" in said
     assert [line["loss"] for line in read_metrics(Path(job_tree["output"])) if "loss" in line] == wanted
 
 
@@ -202,6 +202,7 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_intact(job_tree: dict[str,
 
 def test_where_all_is_to_stay_in_memory_the_plan_says_what_the_disk_would_save(job_tree: dict[str, Any], tmp_path: Path) -> None:
     widen(job_tree, tmp_path, 512)
+    job_tree["training"]["global_batch"] = 2
     job_tree |= {"strategy": {"micro_batch": 1, "recompute": "full", "placement": "device"}}
     forecast = sartor.plan(job_tree).forecast
     assert forecast.process_bytes is not None
@@ -215,6 +216,7 @@ def test_where_all_is_to_stay_in_memory_the_plan_says_what_the_disk_would_save(j
 
 def test_where_not_even_the_disk_is_enough_the_plan_says_what_is(job_tree: dict[str, Any], tmp_path: Path) -> None:
     widen(job_tree, tmp_path, 64)
+    job_tree["training"]["global_batch"] = 2
     job_tree |= {"precision": "bf16", "strategy": {"micro_batch": 1, "recompute": "full"}}
     job_tree["machine"]["host_memory"] = "64MiB"
     with pytest.raises(DoesNotFit, match="with everything on disk") as caught:

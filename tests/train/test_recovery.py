@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
+import resource
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+import fresh
 import sartor
+from sartor.errors import RunError
 from sartor.train import read_metrics
 
-_CAPPED = """
-import json, resource, sys
-import psutil, sartor
 
 class Cap(sartor.Observer):
-    # From when the model is loaded: the process may have so many bytes more.
-    def loaded(self, *_):
+    """From when the model is loaded: the process may have so many bytes more."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.told = room, list[str]()
+
+    def loaded(self, *_: Any) -> None:
         used = psutil.Process().memory_info().data
-        resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + self.room, resource.RLIM_INFINITY))
 
-    def said(self, text):
-        print(text)
+    def said(self, text: str) -> None:
+        self.told.append(text)
 
-try:
-    run = sartor.train(json.loads(sys.argv[1]), observers=[Cap()])
-except sartor.errors.RunError as error:
-    print(error)
-    sys.exit(3)
-"""
+
+def train_capped(job: dict[str, Any], room_mib: int) -> tuple[bool, str]:
+    """Whether the run came to its end, and what was said."""
+    cap, errors, failed = Cap(room_mib * 2**20), io.StringIO(), list[str]()
+    with contextlib.redirect_stderr(errors):
+        try:
+            sartor.train(job, observers=[cap])
+        except RunError as error:
+            failed = [str(error)]
+    return not failed, "\n".join([*cap.told, *failed, errors.getvalue()])
 
 
 @pytest.fixture
@@ -44,31 +53,26 @@ def wide(job_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         **job_tree,
         "model": {"path": str(path), "tokenizer": job_tree["model"]},
         "data": {**job_tree["data"], "packing": False},
-        "training": {**job_tree["training"], "global_batch": 24, "max_steps": 3, "epochs": 4},
+        "training": {**job_tree["training"], "global_batch": 24, "max_steps": 2, "epochs": 4},
         "precision": "float32",
         "strategy": {"attention": "sdpa"},
     }
 
 
-def run_capped(job: dict[str, Any], room_mib: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _CAPPED, json.dumps(job), str(room_mib * 2**20)], capture_output=True, text=True, check=False
-    )
-
-
 def test_a_run_that_runs_out_of_memory_goes_on_with_less(wide: dict[str, Any], tmp_path: Path) -> None:
-    free = sartor.train({**wide, "output": str(tmp_path / "free")})
-    assert free.steps == 3
-    done = run_capped(wide, 90)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "memory ran out in step 1" in done.stdout
-    assert "Going on with" in done.stdout
+    free = sartor.train({**wide, "output": str(tmp_path / "free"), "strategy": {**wide["strategy"], "micro_batch": 24}})
+    assert free.steps == 2
+    finished, said = fresh.call(train_capped, wide, 90)
+    assert finished, said
+    assert "memory ran out in step 1" in said
+    assert "Going on with" in said
     losses = [[line["loss"] for line in read_metrics(Path(run)) if "loss" in line] for run in (free.folder, wide["output"])]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the global batch stayed"
 
 
 def test_where_nothing_smaller_is_left_the_run_says_so(wide: dict[str, Any]) -> None:
-    done = run_capped({**wide, "strategy": {"micro_batch": 24, "recompute": "none", "attention": "sdpa"}}, 90)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "memory ran out in step 1" in done.stdout
-    assert "Traceback" not in done.stderr
+    pinned = {"micro_batch": 24, "recompute": "none", "attention": "sdpa"}
+    finished, said = fresh.call(train_capped, {**wide, "strategy": pinned}, 90)
+    assert not finished
+    assert "memory ran out in step 1" in said
+    assert "Traceback" not in said

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import fresh
 import sartor
 from sartor.errors import Interrupted, RunError
+from sartor.plan import Plan
 from sartor.train import read_metrics
 
 
@@ -37,6 +40,12 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
         assert tensor.equal(second[name]), name
 
 
+def planned(tree: dict[str, Any], tmp_path: Path) -> tuple[Plan, Plan]:
+    """The plan of a run to stop and go on with, and that of the whole one."""
+    plan = sartor.plan(tree)
+    return plan, dataclasses.replace(plan, job=dataclasses.replace(plan.job, output=str(tmp_path / "whole")))
+
+
 class StopAt(sartor.Observer):
     """Sends this process a signal when a step is done."""
 
@@ -48,41 +57,46 @@ class StopAt(sartor.Observer):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_exactly(
-    job_tree: dict[str, Any], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_exactly(job_tree: dict[str, Any], tmp_path: Path) -> None:
+    """Twice in one run, by one signal and by the other."""
     whole = sartor.train({**job_tree, "output": str(tmp_path / "whole")})
-    with pytest.raises(Interrupted) as stopped:
-        sartor.train(job_tree, observers=[StopAt(2, number)])
-    assert stopped.value.exit_code == 128 + number
-    assert (tmp_path / "run/checkpoint-2").is_dir()
+    for number, step, resume in ((signal.SIGINT, 2, None), (signal.SIGTERM, 4, "latest")):
+        with pytest.raises(Interrupted) as stopped:
+            sartor.train(job_tree, resume=resume, observers=[StopAt(step, number)])
+        assert stopped.value.exit_code == 128 + number
+        assert (tmp_path / f"run/checkpoint-{step}").is_dir()
     resumed = sartor.train(job_tree, resume="latest")
     assert resumed.steps == whole.steps == 6
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def as_command(*words: str) -> None:
+    """`python -m sartor` and these words, in this process."""
+    sys.argv = ["sartor", *words]
+    runpy.run_module("sartor", run_name="__main__")
+
+
 @pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed_is_the_uninterrupted_run(job_tree: dict[str, Any], tmp_path: Path) -> None:
-    job_tree["training"] |= {"epochs": 30, "save_every": 7}
+    job_tree["training"] |= {"epochs": 12, "save_every": 7}
     whole = {**job_tree, "output": str(tmp_path / "whole")}
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump(job_tree), encoding="utf-8")
     sartor.train(whole)
-    command = [sys.executable, "-m", "sartor", "train", str(job_file)]
     metrics = tmp_path / "run/metrics.jsonl"
-    kill_after = random.randint(8, 60)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    kill_after = random.randint(8, 24)
+    process, told = fresh.start(as_command, "train", str(job_file))
     deadline = time.monotonic() + 120
     while len(losses(tmp_path / "run")) < kill_after:
-        assert process.poll() is None, f"the run ended before it was killed: {process.stderr.read().decode()}"
+        assert process.is_alive(), f"the run ended before it was killed: {told.recv() if told.poll() else ''}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    process.stderr.close()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    told.close()
     reached = len(losses(tmp_path / "run"))
-    assert kill_after <= reached < 90
+    assert kill_after <= reached < 36
     sartor.train(job_tree, resume="latest")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert metrics.exists()
@@ -91,10 +105,11 @@ def test_killed_at_a_random_moment_and_resumed_is_the_uninterrupted_run(job_tree
 @pytest.mark.parametrize("precision", ["float32", "bf16-mixed", "bf16-master"])
 def test_every_precision_resumes_exactly(job_tree: dict[str, Any], tmp_path: Path, precision: str) -> None:
     job_tree |= {"precision": precision, "strategy": {"micro_batch": 4}}
-    sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    plan, whole = planned(job_tree, tmp_path)
+    sartor.train(whole)
     with pytest.raises(Interrupted):
-        sartor.train(job_tree, observers=[StopAt(3, signal.SIGTERM)])
-    sartor.train(job_tree, resume="latest")
+        sartor.train(plan, observers=[StopAt(3, signal.SIGTERM)])
+    sartor.train(plan, resume="latest")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     states = [load_file(tmp_path / run / "checkpoint-6/state/optimizer.safetensors") for run in ("whole", "run")]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
@@ -109,10 +124,11 @@ def test_adapters_resume_exactly_with_dropout(job_tree: dict[str, Any], tmp_path
     job_tree["precision"] = precision
     job_tree |= {"method": method, "lora": {"dropout": 0.1}, "prefix": {"length": 4, "projection": True}, "prompt": {"length": 4}}
     job_tree["training"]["save_every"] = 3
-    sartor.train({**job_tree, "output": str(tmp_path / "whole")})
+    plan, whole = planned(job_tree, tmp_path)
+    sartor.train(whole)
     with pytest.raises(Interrupted):
-        sartor.train(job_tree, observers=[StopAt(3, signal.SIGTERM)])
-    sartor.train(job_tree, resume="latest")
+        sartor.train(plan, observers=[StopAt(3, signal.SIGTERM)])
+    sartor.train(plan, resume="latest")
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
     state = "checkpoint-6/state/trained.safetensors"
     one, other = load_file(tmp_path / "whole" / state), load_file(tmp_path / "run" / state)
