@@ -40,7 +40,7 @@ from .test_repeat import COMMON, SMALL, batches, source
 from .test_sharded import CPU, lora
 
 STEPS = 3
-SHORT: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4, "attn_pdrop": 0.0}}
+SHORT: dict[str, dict[str, Any]] = {"llama": {"num_hidden_layers": 2}, "gpt2": {"n_layer": 2, "attn_pdrop": 0.0}}
 """Few layers, and no dropout of attention, which the CPU's kernel has not."""
 
 
@@ -191,10 +191,10 @@ def measured(world: int) -> list[tuple[list[int], list[float]]]:
     return on_ranks(world, work, world)
 
 
-def forecast(case: dict[str, Any], context_rank: int | None = None, layers: int = 4) -> Ledger:
+def forecast(case: dict[str, Any], context_rank: int | None = None, layers: int = 2) -> Ledger:
     return trace_job(
         from_mapping({"model": "unused", "data": "unused", "method": case["method"]}),
-        source(case["kind"], **(SHORT[case["kind"]] if layers == 4 else {"num_hidden_layers": layers})),
+        source(case["kind"], **(SHORT[case["kind"]] if layers == 2 else {"num_hidden_layers": layers})),
         batches(case["micro_batches"]),
         CPU,
         precision=Precision.of(case["mode"]),

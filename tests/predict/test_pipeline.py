@@ -22,7 +22,7 @@ from sartor.data.pack import IGNORE, collate, fill_rows
 from sartor.data.tokens import Sample, TokenSet
 from sartor.errors import JobError
 from sartor.job import from_mapping
-from sartor.model import skeleton
+from sartor.model import ModelSource, skeleton
 from sartor.model.build import _from_config
 from sartor.model.regions import Reduction
 from sartor.parallel import Layout, parallelise_stage
@@ -39,7 +39,6 @@ from .plain_tensor import plain_plan
 from .test_repeat import batches, source
 from .test_sharded import CPU, lora
 
-MICRO_BATCHES = 4
 TOKENS = 100
 UNFUSED: dict[str, Any] = {"model": "unused", "data": "unused", "strategy": {"fused": False}}
 """The pipeline written here computes as transformers does."""
@@ -93,10 +92,14 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> 
     return loss / TOKENS
 
 
+def shallow(case: dict[str, Any]) -> ModelSource:
+    return source("llama", num_hidden_layers=case["layers"])
+
+
 def build(case: dict[str, Any], rank: int, kept: torch.Tensor) -> PlainStage:
     """On the meta device."""
     adapter, mixed = case["method"] == "lora", case["mode"] == "bf16-mixed"
-    model = skeleton(source("llama"), dtype=torch.bfloat16 if adapter and mixed else torch.float32).train()
+    model = skeleton(shallow(case), dtype=torch.bfloat16 if adapter and mixed else torch.float32).train()
     width = case["shard"] * case["tensor"]
     stage = PlainStage(model, rank // width, case["stages"], kept, mixed=mixed and case["shard"] == 1)
     if adapter:
@@ -121,9 +124,9 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    sizes = (case["stages"], case["shard"], case["tensor"])
+    sizes, count = (case["stages"], case["shard"], case["tensor"]), case["micro_batches"]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("stages", "shard", "tensor"))
-    given = [TensorBatch.of(batch, "cpu") for batch in batches(MICRO_BATCHES)]
+    given = [TensorBatch.of(batch, "cpu") for batch in batches(count)]
     module = build(case, rank, given[0].kept_K)
     if case["tensor"] > 1:
         plain_plan(module.llama, mesh["tensor"], sequence=True, adapter=case["method"] == "lora")
@@ -142,7 +145,7 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             module, mesh["stages"].get_local_rank(), case["stages"], torch.device("cpu"), group=mesh["stages"].get_group()
         )
         kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[case["schedule"]]
-        schedule = kind(stage, MICRO_BATCHES, loss_fn=functools.partial(loss_of, kept=module.kept), scale_grads=False)
+        schedule = kind(stage, count, loss_fn=functools.partial(loss_of, kept=module.kept), scale_grads=False)
         ids, targets = (torch.cat([getattr(batch, name) for batch in given]) for name in ("input_ids_RT", "targets_RT"))
         for _ in range(2):
             arguments: Any = (ids,) if module.first else ()
@@ -154,7 +157,7 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
         tracker.close()
-    return {"bytes": tracker.ledger.peak().total_bytes, "losses": told[:MICRO_BATCHES]}
+    return {"bytes": tracker.ledger.peak().total_bytes, "losses": told[:count]}
 
 
 def forecast(case: dict[str, Any]) -> dict[int, Ledger]:
@@ -163,8 +166,8 @@ def forecast(case: dict[str, Any]) -> dict[int, Ledger]:
     return dict(
         trace_stages(
             from_mapping({**UNFUSED, "method": case["method"]}),
-            source("llama"),
-            batches(MICRO_BATCHES),
+            shallow(case),
+            batches(case["micro_batches"]),
             CPU,
             precision=Precision.of(case["mode"]),
             recompute=case["recompute"],
@@ -175,9 +178,9 @@ def forecast(case: dict[str, Any]) -> dict[int, Ledger]:
     )
 
 
-def plain_loss() -> float:
+def plain_loss(case: dict[str, Any]) -> float:
     """Of one micro-batch, in one process."""
-    model = skeleton(source("llama"), dtype=torch.float32).train().to_empty(device="cpu")
+    model = skeleton(shallow(case), dtype=torch.float32).train().to_empty(device="cpu")
     fill(model, range(len(model.model.layers)))
     with torch.no_grad():
         return float(SumLoss(model)(model, TensorBatch.of(batches(1)[0], "cpu")))
@@ -191,14 +194,17 @@ COMMON: dict[str, Any] = {
     "method": "full",
     "mode": "float32",
     "recompute": False,
+    "layers": 5,
+    "micro_batches": 3,
 }
+"""The last stage has a layer less than the first; of two stages and three micro-batches one neither fills nor drains them."""
 CASES = [
     COMMON,
-    {**COMMON, "schedule": "gpipe", "mode": "bf16-mixed", "recompute": True},
-    {**COMMON, "stages": 4},
-    {**COMMON, "method": "lora", "mode": "bf16-mixed"},
+    {**COMMON, "schedule": "gpipe", "mode": "bf16-mixed", "recompute": True, "layers": 7},
+    {**COMMON, "stages": 4, "layers": 7, "micro_batches": 4},
+    {**COMMON, "method": "lora", "mode": "bf16-mixed", "layers": 3},
     {**COMMON, "shard": 2, "mode": "bf16-mixed"},
-    {**COMMON, "tensor": 2, "method": "lora", "mode": "bf16-mixed"},
+    {**COMMON, "tensor": 2, "method": "lora", "mode": "bf16-mixed", "layers": 3},
 ]
 
 
@@ -210,7 +216,8 @@ def test_each_stage_counts_what_was_forecast(case: dict[str, Any]) -> None:
     for rank, ledger in ledgers.items():
         assert ledger.peak().total_bytes == pytest.approx(records[rank]["bytes"], rel=0.01)
     if case["mode"] == "float32":
-        assert records[-1]["losses"] == pytest.approx([plain_loss() / TOKENS] * MICRO_BATCHES, rel=1e-5)
+        wanted = [plain_loss(case) / TOKENS] * case["micro_batches"]
+        assert records[-1]["losses"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_micro_batches_in_flight() -> None:
@@ -221,7 +228,7 @@ def test_micro_batches_in_flight() -> None:
             for _, ledger in trace_stages(
                 FULL, source("llama", num_hidden_layers=8), batches(micro_batches), CPU,
                 precision=Precision.of("bf16"), recompute=False, attention=None,
-                layout=Layout(pipeline=4, schedule=schedule), every=True,
+                layout=Layout(pipeline=4, schedule=schedule), every=(schedule, micro_batches) == ("1f1b", 8),
             )
         ]
         for schedule, micro_batches in (("1f1b", 4), ("1f1b", 8), ("gpipe", 8))
@@ -239,13 +246,23 @@ def test_micro_batches_in_flight() -> None:
     assert second - peaks["1f1b", 4][1] == pytest.approx(4 * (2 * hidden_bytes + ids_bytes), rel=0.01)
 
 
-@pytest.mark.parametrize(("schedule", "recompute"), [("1f1b", False), ("gpipe", True)])
-def test_a_stage_of_many_layers_is_repeated(monkeypatch: pytest.MonkeyPatch, schedule: str, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "recompute", "layout"),
+    [
+        ("full", False, Layout(pipeline=2)),
+        ("full", False, Layout(pipeline=2, tensor=2, sequence=True)),
+        ("lora", True, Layout(pipeline=2, schedule="gpipe")),
+    ],
+)
+def test_a_stage_of_many_layers_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, method: str, recompute: bool, layout: Layout
+) -> None:
+    job = from_mapping({**UNFUSED, "method": method})
+
     def peaks() -> list[int]:
         traced = trace_stages(
-            FULL, source("llama", num_hidden_layers=17), batches(3), CPU,
-            precision=Precision.of("bf16-mixed"), recompute=recompute, attention=None,
-            layout=Layout(pipeline=2, schedule=schedule),
+            job, source("llama", num_hidden_layers=13), batches(3), CPU,
+            precision=Precision.of("bf16-mixed"), recompute=recompute, attention=None, layout=layout,
         )  # fmt: skip
         return [ledger.peak().total_bytes for _, ledger in traced]
 

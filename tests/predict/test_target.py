@@ -47,6 +47,7 @@ def test_four_numbers_for_an_accelerator(synthetic: dict[str, Any]) -> None:
 def test_the_card_decides_what_fits(synthetic: dict[str, Any]) -> None:
     synthetic["training"]["global_batch"] = 64
     synthetic["data"]["synthetic"] |= {"examples": 128}
+    synthetic["strategy"] = {"recompute": "none"}
     roomy = sartor.plan(synthetic)
     assert roomy.strategy.micro_batch == 64
     assert roomy.forecast.reserved_bytes is not None

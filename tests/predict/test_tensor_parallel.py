@@ -117,13 +117,16 @@ TINY = {**COMMON, "intermediate_size": 160, "num_hidden_layers": 2, "num_key_val
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 KINDS = {
     "llama": {"vocab_size": 321},  # parts of different size
-    "qwen3": {},  # norms of the split heads
+    "qwen3": {"num_hidden_layers": 1},  # norms of the split heads
     "gemma3_text": {"sliding_window": 16, "tie_word_embeddings": True},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},  # gathers inside
-    "olmo2": {},  # norms behind attention and MLP, and of all heads at once
-    "gpt_neox": {},  # attention and MLP side by side; queries, keys and values in one layer
+    "phi3": {
+        "num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    },  # gathers inside
+    "olmo2": {"num_hidden_layers": 1},  # norms behind attention and MLP, and of all heads at once
+    "gpt_neox": {"num_hidden_layers": 1},  # attention and MLP side by side; queries, keys and values in one layer
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 2},  # dense layers, shared experts
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "mixtral": {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
 WITHOUT_SEQUENCE = {  # attention is whole on every rank, and its tokens are
     "deepseek_v3": {**SMALL["deepseek_v3"], "num_hidden_layers": 2, "first_k_dense_replace": 1, "head_dim": 8},
@@ -295,7 +298,7 @@ def test_sequence_parallelism_holds_less() -> None:
     job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
     options: dict[str, Any] = {"precision": Precision.of("float32"), "recompute": False, "attention": None}
     kept = [
-        trace_job(job, source("llama"), batches(1), CPU, **options, layout=Layout(tensor=2, sequence=sequence)).peak().total_bytes
+        trace_job(job, short("llama"), batches(1), CPU, **options, layout=Layout(tensor=2, sequence=sequence)).peak().total_bytes
         for sequence in (False, True)
     ]
     assert kept[1] < kept[0]
@@ -305,8 +308,8 @@ def test_sequence_parallelism_holds_less() -> None:
 def test_repeated_layers_give_what_all_of_them_give(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     job = from_mapping({"model": "unused", "data": "unused", "method": "full"})
     options: dict[str, Any] = {"precision": Precision.of("bf16-mixed"), "recompute": True, "attention": None, "layout": layout}
-    short = trace_job(job, source("llama"), batches(1), CPU, **options)
+    short = trace_job(job, source("llama", num_hidden_layers=7), batches(1), CPU, **options)
     monkeypatch.setattr(whole, "treats_layers_alike", lambda job: False)
-    entire = trace_job(job, source("llama"), batches(1), CPU, **options)
+    entire = trace_job(job, source("llama", num_hidden_layers=7), batches(1), CPU, **options)
     assert short.peak().total_bytes == pytest.approx(entire.peak().total_bytes, rel=1e-4)
     assert {event.unit for event in short.events} != {OUTSIDE}, "the layers were not repeated"
