@@ -41,6 +41,7 @@ def test_all_devices_share_by_default(job: dict[str, Any]) -> None:
 
 
 def test_zero_3_where_zero_2_does_not_fit(job: dict[str, Any]) -> None:
+    job["training"]["global_batch"] = 16
     roomy = sartor.plan({**job, "machine": "4xT4-16GB"})
     both = [sartor.plan({**job, "machine": "4xT4-16GB", "strategy": {**job["strategy"], "zero": zero}}) for zero in (2, 3)]
     needs = [plan.forecast.process_bytes or 0 for plan in both]

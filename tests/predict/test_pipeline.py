@@ -261,7 +261,7 @@ def test_a_stage_of_many_layers_is_repeated(
 
     def peaks() -> list[int]:
         traced = trace_stages(
-            job, source("llama", num_hidden_layers=13), batches(3), CPU,
+            job, source("llama", num_hidden_layers=13), batches(2), CPU,
             precision=Precision.of("bf16-mixed"), recompute=recompute, attention=None, layout=layout,
         )  # fmt: skip
         return [ledger.peak().total_bytes for _, ledger in traced]
