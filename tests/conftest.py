@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test 
 import pytest
 import torch
 
+from ranks import collect_rarely
 from sartor.kernels import arena
 from sartor.kernels.native import library, products_library
 from support import conversations, make_model, write_jsonl
@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):  # not on every machine with an accelerat
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 KERNELS = REPOSITORY / "build/tests/kernels"
-gc.set_threshold(10_000, 20, 20)  # a tenth of the time of a test that traces, as usual: libraries make many objects that stay
+collect_rarely()
 
 
 def pytest_configure() -> None:

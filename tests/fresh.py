@@ -10,10 +10,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from ranks import LIBRARIES, SECONDS
+from ranks import LIBRARIES, SECONDS, collect_rarely
 
 
 def _tell(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    collect_rarely()
     os.environ.clear()  # that of whichever test came first
     os.environ.update(environment)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import socket
 import traceback
@@ -15,6 +16,12 @@ LIBRARIES = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", 
 """Imported once for all ranks, by the process that they are forked from."""
 SECONDS = 300
 """Longest that a test's ranks may take."""
+
+
+def collect_rarely() -> None:
+    """Python's collector, in this process: as usual it takes a tenth of a test that traces and a quarter of a rank of DTensors,
+    since libraries make many objects that stay."""
+    gc.set_threshold(10_000, 20, 20)
 
 
 def free_port() -> int:
@@ -30,6 +37,7 @@ def _serve(pipe: Connection) -> None:
 
     from sartor.predict.world import forget_meshes
 
+    collect_rarely()
     torch.set_num_threads(1)
     while True:
         try:
