@@ -3,7 +3,7 @@
     python benchmarks/cpu.py [--shapes 163m 500m] [--methods full lora] [--only NAME …] [--examples 96] [--rounds 3]
                              [--peer-python trl=PYTHON litgpt=PYTHON …]
     python benchmarks/cpu.py --check          losses of the first steps on one batch: do all train on the same tokens?
-    python benchmarks/cpu.py --curve          200 steps against the float32 reference: every step, and the held-out loss
+    python benchmarks/cpu.py --curve          200 steps against plain float32: every step, and the held-out loss
     python benchmarks/cpu.py --processes      two bound processes against one with all threads: speed and losses
     python benchmarks/cpu.py --option int8    with and without products in int8 (or: prefixes, shared ones): speed, held-out loss
     python benchmarks/cpu.py --first-step     from `sartor train` to the end of the first step, caches cold and warm
@@ -304,7 +304,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", nargs="*", default=[], metavar="PEER=PYTHON")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder is made")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--curve", nargs="*", metavar="PRECISION", help="modes to compare with float32; default: auto")
+    parser.add_argument("--curve", nargs="*", metavar="PRECISION", help="modes to compare with plain float32; default: auto")
     parser.add_argument("--steps", type=int, default=200, help="of --curve and --option")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--processes", action="store_true")

@@ -17,6 +17,9 @@ PROCESSES = ("sartor", "sartor-2-processes")
 PROCESSES_BAR = 0.9
 OPTIONS = {"int8": "sartor-int8", "prefixes": "sartor-shared-prefixes"}
 """What has to be asked for → the entrant that does."""
+PLAIN = "plain-float32"
+REFERENCE = ("precision=float32", "strategy.fused=false", "strategy.attention=sdpa")
+"""Of curves: float32 as PyTorch and transformers compute it, layer by layer, without loops of Sartor's own."""
 STEP_BAR, HELD_OUT_BAR = 0.005, 0.003
 
 
@@ -31,11 +34,11 @@ def _held_out_job(bench: Any, name: str, shape: str, method: str, steps: int) ->
 
 
 def curve(bench: Any, shape: str, method: str, modes: list[str], steps: int) -> dict[str, Any]:
-    """`steps` steps in float32 and in every mode, the same examples in the same order; relative differences of the losses."""
+    """`steps` steps in plain float32 and in every mode, the same examples in the same order; how far apart the losses are."""
     job = _held_out_job(bench, f"curve-{shape}-{method}", shape, method, steps)
     print(f"\n{shape} {method}: {steps} steps of {bench.batch} examples")
-    runs = {mode: _whole(bench, job, mode, f"precision={mode}") for mode in ["float32", *modes]}
-    reference = runs["float32"]
+    reference = _whole(bench, job, PLAIN, *REFERENCE)
+    runs = {mode: _whole(bench, job, mode, f"precision={mode}") for mode in modes}
     for mode in modes:
         run = runs[mode]
         apart = [abs(ours / other - 1) for ours, other in zip(run["losses"], reference["losses"], strict=True)]
@@ -47,7 +50,7 @@ def curve(bench: Any, shape: str, method: str, modes: list[str], steps: int) -> 
             f"bar {STEP_BAR:.1%}), held-out loss {run['held_out_loss']:.4f} against {reference['held_out_loss']:.4f}: "
             f"{run['held_out_difference']:.3%} (bar {HELD_OUT_BAR:.1%}): {'within' if good else 'NOT within'} the bars"
         )
-    return {"shape": shape, "method": method, "steps": steps, "runs": runs}
+    return {"shape": shape, "method": method, "steps": steps, "runs": {PLAIN: reference, **runs}}
 
 
 def _whole(bench: Any, job: Path, name: str, *overrides: str) -> dict[str, Any]:
