@@ -55,7 +55,8 @@ def test_as_json_and_without_a_file(capsys: pytest.CaptureFixture[str], tiny: Pa
 
 
 def test_what_does_not_fit_ends_with_2_and_says_what_would(capsys: pytest.CaptureFixture[str], job_file: str) -> None:
-    code, _, message = run(capsys, "plan", job_file, "--inference", "inference.batch=4000", "machine.device_memory=600MiB")
+    limits = "inference.batch=4000", "inference.answer=4", "machine.device_memory=600MiB"
+    code, _, message = run(capsys, "plan", job_file, "--inference", *limits)
     assert code == 2
     assert "does not fit on L40S-48GB" in message
     assert "inference.batch=" in message
